@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 
-# Word of libraries about themselves, which no user of Millrace can act on.
+# Messages of libraries about themselves, on which a user of Millrace cannot act.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"google\..*")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 _NOISE = ("crcmod package not found", "Resource module is not available")

@@ -1,6 +1,6 @@
 """`millrace`: the three pipelines, and the commands that inspect or change a store.
 
-This module imports neither Beam nor Polars, so that `millrace --help` is quick; a command imports only what it needs.
+This module imports neither Beam nor Polars, so that `millrace --help` is fast; a command imports only what it needs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ USAGE = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; without `argv` it is that of this process."""
+    """Runs one command and returns its exit code; without `argv`, the command of this process."""
     return as_process(_main, sys.argv[1:]) if argv is None else _main(list(argv))
 
 
@@ -70,7 +70,7 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    """Import the command's module and call it."""
+    """Imports the command's module and calls it."""
     from schemas.errors import DefinitionError, nearest
 
     command, *rest = argv

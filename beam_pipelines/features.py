@@ -15,7 +15,7 @@ import pyarrow as pa
 from apache_beam.pvalue import AsSingleton
 
 from beam_pipelines.runtime.errors import guard
-from beam_pipelines.runtime.features_arguments import Options, parse
+from beam_pipelines.runtime.features_arguments import FeaturesOptions, parse
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.plan_text import prepared_lines
 from beam_pipelines.runtime.run_report import Run, execute, log, read_json, write_json
@@ -26,8 +26,8 @@ from transforms.features.preparation import PreparedRun, prepare_features
 from transforms.features.trailing_features import TrailingFeatures
 from transforms.records.times import day_of
 from transforms.sources.dead_letters import DEAD_LETTERS, UNDATED
-from transforms.sources.listing import unchanged
-from transforms.sources.tallies import SourceTally, add_tallies, conserve
+from transforms.sources.listing import require_unchanged
+from transforms.sources.tallies import SourceTally, add_tallies, require_conserved
 from transforms.storage.date_spans import partition_days
 from transforms.storage.delta_tables import (
     CommitTarget,
@@ -38,6 +38,7 @@ from transforms.storage.delta_tables import (
     open_table,
     write_files,
 )
+from transforms.storage.feature_tables import lost_commit
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import dead_letters_uri
 from transforms.storage.table_transforms import CommitFiles, WriteFiles, WriteTable
@@ -48,7 +49,7 @@ from transforms.verification.check import Verification, Verified, verify_written
 Written = TypeVar("Written")
 
 
-def prepare(options: Options) -> PreparedRun:
+def prepare(options: FeaturesOptions) -> PreparedRun:
     """Decides what the run computes; see `transforms.features.preparation`."""
     return prepare_features(options)
 
@@ -62,7 +63,7 @@ class Targets:
     manifest: WriteManifest
 
     @staticmethod
-    def of(options: Options, work: PreparedRun) -> Targets:
+    def of(options: FeaturesOptions, work: PreparedRun) -> Targets:
         view, plan = options.view, work.required_plan
         metadata = {
             "pipeline": "features",
@@ -88,12 +89,12 @@ class Targets:
 
 
 def dead_letters_target(
-    options: Options, work: PreparedRun, days: tuple[date, ...] | None, metadata: dict[str, str]
+    options: FeaturesOptions, work: PreparedRun, days: tuple[date, ...] | None, metadata: dict[str, str]
 ) -> CommitTarget:
     """The commit of the dead letters of `days` (None: of all) and of the days that `work.carried` replaces.
 
-    A run that its dead letters stopped has committed them, and their rows may have been corrected before the run is
-    resumed. So every launch commits its dead letters under its own id.
+    A run that is stopped because of its dead letters has committed them, and their rows may be corrected before the run
+    is resumed. So every launch commits its dead letters under its own id.
     """
     uri, carried = dead_letters_uri(options.store, "features"), work.carried
     return CommitTarget(
@@ -106,7 +107,7 @@ def dead_letters_target(
         metadata=metadata,
         days=partition_days(uri, open_table(uri), 0, None),
         shared=(UNDATED,),
-        compares=True,  # runs that see the same files find the same dead letters, also of days of another run
+        compares=True,  # runs that see the same files find the same dead letters, even those of days of another run
     )
 
 
@@ -120,14 +121,14 @@ class Computed:
     history: tuple[AsSingleton, ...] = ()
 
 
-def build(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> None:
+def build(pipeline: beam.Pipeline, options: FeaturesOptions, work: PreparedRun) -> None:
     """Builds the graph: blocks → features, dead letters and tallies → files → one commit each."""
     view, targets = options.view, Targets.of(options, work)
     computed = compute(pipeline, options, work)
     tallied = AsSingleton(computed.tallies | "Tally" >> beam.CombineGlobally(add_tallies))
     write = WriteFiles(targets.features.uri, targets.features.run_id, days=targets.features.days)
     files = computed.features | "Write" >> write
-    counted = files | "Conserve" >> beam.Map(conserve, tallied, view.spine.name)
+    counted = files | "Conserve" >> beam.Map(require_conserved, tallied, view.spine.name)
     verified = AsSingleton(counted | "Verify" >> beam.Map(verify_written, verification(options, work)))
     counted = counted | "AfterVerify" >> beam.Map(first_of, verified)
     carried = pipeline | "Carried" >> beam.Create([work.carried.batch] if len(work.carried.rows) else [])
@@ -137,7 +138,7 @@ def build(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> None:
     # Dead letters are committed first: a run that is killed in between is repeated, but dates that were committed
     # would not be computed again for their dead letters.
     counted = counted | "AfterLetters" >> beam.Map(first_of, rejected)
-    counted = counted | "SourcesUnchanged" >> beam.Map(unchanged, work.required_inventory.listings)
+    counted = counted | "SourcesUnchanged" >> beam.Map(require_unchanged, work.required_inventory.listings)
     sides, manifest = (tallied, *computed.history), targets.manifest
     if options.rules is None:
         committed = counted | "Commit" >> CommitFiles(targets.features, manifest, sides)
@@ -149,7 +150,7 @@ def build(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> None:
     _ = committed | "Account" >> beam.Map(write_account, tallied, rejected, verified, account, len(work.carried.rows))
 
 
-def compute(pipeline: beam.Pipeline, options: Options, work: PreparedRun) -> Computed:
+def compute(pipeline: beam.Pipeline, options: FeaturesOptions, work: PreparedRun) -> Computed:
     """Adds the steps from blocks to feature rows, with the lifetime snapshots that their windows need."""
     view, plan = options.view, work.required_plan
     blocks = pipeline | "Blocks" >> beam.Create(list(plan.blocks))
@@ -172,7 +173,7 @@ def first_of(written: Written, _: object) -> Written:
     return written
 
 
-def publish_check(options: Options, work: PreparedRun) -> PublishCheck:
+def publish_check(options: FeaturesOptions, work: PreparedRun) -> PublishCheck:
     """The check before the commit: statistics against the schema, and the share of dead letters."""
     assert options.rules is not None
     plan = work.required_plan
@@ -187,7 +188,7 @@ def publish_check(options: Options, work: PreparedRun) -> PublishCheck:
     return make_check(options.rules, run)
 
 
-def verification(options: Options, work: PreparedRun) -> Verification | None:
+def verification(options: FeaturesOptions, work: PreparedRun) -> Verification | None:
     """The verification of the run's rows before they are committed; None if `--verify 0` turned it off."""
     amount = options.verify.amount(options.now, work.everything)
     if amount is None:
@@ -205,10 +206,10 @@ def write_account(
     path: str,
     carried: int = 0,
 ) -> None:
-    """Writes the run's figures where the launcher, on whatever machine, finds them.
+    """Writes the run's figures where the launcher finds them from any machine.
 
     Args:
-        carried: dead letters among those committed that are of days that the run did not compute.
+        carried: number of committed dead letters of days that the run did not compute.
     """
     days = {"first": str(committed.dates[0]), "last": str(committed.dates[-1])} if committed.dates else {}
     write_json(
@@ -236,6 +237,8 @@ def main(argv: Sequence[str]) -> int:
         run.where = options.table
         log.info("listing the sources under %s", options.sources)
         work = prepare(options)
+        if work.base is not None and (lost := lost_commit(options.table, work.base)):
+            log.warning("the log of %s has lost its newest commits: %s", options.table, lost)
         for note in work.stale.notes:
             log.warning(note)
         if work.outdated:
@@ -257,8 +260,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def commit_carried(options: Options, work: PreparedRun) -> None:
-    """Commits the dead letters that have changed, of a run that computes no day."""
+def commit_carried(options: FeaturesOptions, work: PreparedRun) -> None:
+    """Commits the dead letters that have changed, for a run that computes no day."""
     carried, view = work.carried, options.view
     if not carried.dates:
         return
@@ -268,7 +271,7 @@ def commit_carried(options: Options, work: PreparedRun) -> None:
     log.info("dead letters of %d dates outside the run's days are as the files are now", len(carried.dates))
 
 
-def warn_of_outdated_models(run: Run, options: Options, work: PreparedRun) -> None:
+def warn_of_outdated_models(run: Run, options: FeaturesOptions, work: PreparedRun) -> None:
     """Names the models that were trained on days that an older version may have computed incorrectly."""
     models = models_trained_on(options.store, options.table, work.base)
     for model in models:

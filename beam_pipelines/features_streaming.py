@@ -15,7 +15,7 @@ from datetime import date
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from beam_pipelines.runtime.arguments import day, whole
+from beam_pipelines.runtime.arguments import utc_day, whole
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.job_supervisor import (
     Reading,
@@ -34,7 +34,7 @@ from schemas.errors import DefinitionError
 from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND
 from transforms.storage.paths import sources_root
 from transforms.streaming.crash_guard import guard_folder
-from transforms.streaming.groups import groups_of
+from transforms.streaming.groups import shard_groups
 from transforms.streaming.history import Handover
 from transforms.streaming.kafka import ReadTopics, send_end, set_group_offsets, topic_of
 from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, to_journal
@@ -85,7 +85,7 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveFeaturesJob]:
         raise DefinitionError(
             "A topic is read to its end", f"--end {flags.end}", "Leave it out, or add --source replay"
         )
-    groups_of(view)
+    shard_groups(view)
     handover = Handover(
         view,
         options.store,
@@ -110,12 +110,12 @@ def arguments() -> StreamingArguments:
     )
     result.add_argument(
         "--start",
-        type=day,
+        type=utc_day,
         help="first UTC day whose rows come as messages, like 2013-01-01; earlier rows under --sources are history "
         "(default: replay, the first day in the files; kafka, the end of each source's history)",
     )
     result.add_argument(
-        "--end", type=day, help="replay: the UTC day after the last (default: the day after the last in the files)"
+        "--end", type=utc_day, help="replay: the UTC day after the last (default: the day after the last in the files)"
     )
     result.add_argument(
         "--sources",
@@ -142,7 +142,7 @@ def arguments() -> StreamingArguments:
 
 
 def live_settings(options: StreamingOptions, sources: str | None, shards: int) -> LiveSettings:
-    """The settings of the engine; a replay takes each micro-batch at its own time."""
+    """The settings of the engine; in a replay, each micro-batch has its own time."""
     lengths = options.lengths
     return LiveSettings(
         store=options.store,
@@ -200,14 +200,14 @@ def envelopes_of_topics(pipeline: beam.Pipeline, options: StreamingOptions, plan
     read = ReadTopics(job.required_broker(), tuple(job.topics.values()), plan.group)
     guard = guard_folder(job.settings.store, f"{job.view.name}.features")
     decode = beam.ParDo(DecodeBundles(job.view, job.settings.prefix, guard, options.limits)).with_output_types(bytes)
-    # Each branch is mapped by itself: a step after the Flatten would be one more way through the runner.
+    # Each branch is mapped separately: a step after the Flatten would be one more exchange through the runner.
     first = pipeline | "Start" >> beam.Create([start_envelope(plan.start)]) | "Begin" >> to_journal()
     decoded = pipeline | "Topics" >> read | "Decode" >> decode | "ToJournal" >> to_journal()
     return (first, decoded) | "Both" >> beam.Flatten()
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the job until the end of the replay, the end of every partition of the topics, or a signal."""
+    """Runs the job until the end of the replay, the end of every partition of the topics, or a signal."""
     options, job = parse(argv)
     job.check_and_claim()
     with Run("features --streaming", options.run_id, options.folder) as run:
@@ -223,14 +223,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_replay(options: StreamingOptions, job: LiveFeaturesJob) -> None:
-    """Compute the features of the rows of files."""
+    """Computes the features for the rows of files."""
     pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
     build(pipeline, options, prepare_live_features(job))
     execute(pipeline)
 
 
 def run_live(options: StreamingOptions, job: LiveFeaturesJob) -> None:
-    """Launch the job until it ends: it is launched again when a topic has more partitions."""
+    """Launches the job until it ends: it is launched again when a topic gets more partitions."""
     pipeline_options = PipelineOptions(["--streaming", *options.beam_args])
     check_connections(job.required_broker(), pipeline_options)
     job.handover.beginnings()  # history is loaded before the first launch, with the default handling of signals
@@ -241,7 +241,7 @@ def run_live(options: StreamingOptions, job: LiveFeaturesJob) -> None:
 
 
 def launch(options: StreamingOptions, plan: LiveFeaturesPlan, pipeline_options: PipelineOptions) -> bool:
-    """Run the job once.  Returns whether it must be launched again."""
+    """Runs the job once.  Returns whether it must be launched again."""
     broker, due = plan.job.required_broker(), plan.due
     warn_of_loss(plan.first_available, due)
     set_group_offsets(broker, plan.group, due)

@@ -37,7 +37,7 @@ Written = list[tuple[DataFile, dict[str, str]]] | list[TFRecordFile]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Options(InferenceRequest):
+class InferenceOptions(InferenceRequest):
     """The options of one run: what to score, and how to run it.
 
     Args:
@@ -54,7 +54,7 @@ class Options(InferenceRequest):
         return FileSystems.join(self.store, "runs", self.run_id)
 
 
-def parse(argv: Sequence[str]) -> Options:
+def parse(argv: Sequence[str]) -> InferenceOptions:
     """Options from flags.
 
     Raises:
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str]) -> Options:
     if flags.input_tfrecord and (flags.start or flags.end):
         fix = "Leave them out: every example of the files is scored"
         raise DefinitionError("--start and --end choose rows of the feature table", "--input_tfrecord beside them", fix)
-    return Options(
+    return InferenceOptions(
         definition=load_definition(flags.definition),
         store=flags.store,
         registry=registry_uri(flags.store, flags.registry),
@@ -90,25 +90,25 @@ def parse(argv: Sequence[str]) -> Options:
     )
 
 
-def plan_inference(options: Options) -> InferencePlan:
-    """Which model scores which rows; see `transforms.inference.preparation`."""
+def plan_inference(options: InferenceOptions) -> InferencePlan:
+    """Decides which model scores which rows; see `transforms.inference.preparation`."""
     return prepare_inference(options)
 
 
-def build(pipeline: beam.Pipeline, options: Options, plan: InferencePlan) -> None:
+def build(pipeline: beam.Pipeline, options: InferenceOptions, plan: InferencePlan) -> None:
     """The graph: features → predictions → files, counted → published at once."""
     features = pipeline | "Features" >> source(options, plan)
     read = features | "Rows" >> beam.Map(len) | "Read" >> beam.CombineGlobally(sum)
     predicted = features | "Score" >> Score(plan.model, threads=options.threads)
     files = predicted | "Write" >> sink(options, plan)
     listed = None if options.input_tfrecord else sum(file.rows for file in plan.files)
-    checked = files | "Conserve" >> beam.Map(conserve, beam.pvalue.AsSingleton(read), listed, plan.features)
+    checked = files | "Conserve" >> beam.Map(require_all_scored, beam.pvalue.AsSingleton(read), listed, plan.features)
     account = FileSystems.join(options.folder, "account.json")
     publish = beam.Map(finish, beam.pvalue.AsSingleton(read), options.output_tfrecord, plan.target, account)
     _ = checked | "Publish" >> publish
 
 
-def source(options: Options, plan: InferencePlan) -> beam.PTransform:
+def source(options: InferenceOptions, plan: InferencePlan) -> beam.PTransform:
     """Feature rows: RecordBatches of the plan's columns."""
     if not options.input_tfrecord:
         return ReadTable(plan.files, tuple(plan.columns.names))
@@ -116,18 +116,18 @@ def source(options: Options, plan: InferencePlan) -> beam.PTransform:
     return ReadExamples(plan.paths, plan.columns) | "Complete" >> beam.Map(complete, view.name, view.key, view.time)
 
 
-def sink(options: Options, plan: InferencePlan) -> beam.PTransform:
-    """Predictions to files that nobody sees yet."""
+def sink(options: InferenceOptions, plan: InferencePlan) -> beam.PTransform:
+    """Writes predictions to files that are not visible yet."""
     if options.output_tfrecord:
         return WriteTFRecordFiles(options.output_tfrecord, options.run_id)
     return WriteFiles(plan.target.uri, plan.target.run_id, days=plan.target.days)
 
 
 def complete(batch: pa.RecordBatch, view: str, key: tuple[str, ...], time: str) -> pa.RecordBatch:
-    """tf.Examples as feature rows: `row_id` and `date`, where they were left out, follow from key and time.
+    """Completes tf.Examples to feature rows: missing `row_id` and `date` are computed from key and time.
 
     Raises:
-        ContractError: a row without its key or time.
+        ContractError: a row lacks its key or time.
     """
     rows = frame(batch)
     for name in (*key, time):
@@ -143,18 +143,18 @@ def complete(batch: pa.RecordBatch, view: str, key: tuple[str, ...], time: str) 
     return to_batch(filled, batch.schema)
 
 
-def conserve(files: Written, read: int, listed: int | None, where: str) -> Written:
-    """`files`, if they hold one prediction for every feature row that was read, and that the table lists.
+def require_all_scored(files: Written, read: int, listed: int | None, where: str) -> Written:
+    """Returns `files` if they have one prediction for every feature row that was read, and that the table lists.
 
     Args:
-        files: written.
-        read: rows, counted from what was read.
-        listed: rows by the table's log; None where there is no table. 0: only predictions of rows that are gone are
-            removed.
-        where: they were read.
+        files: the files that were written.
+        read: number of rows that were read.
+        listed: number of rows in the table's log; None if there is no table. 0: only predictions of rows that are gone
+            are removed.
+        where: what was read.
 
     Raises:
-        DataError: nothing is published then.
+        DataError: the numbers differ; nothing is published.
     """
     written = _total(files)
     if read != written or listed not in (read, None):
@@ -167,12 +167,12 @@ def conserve(files: Written, read: int, listed: int | None, where: str) -> Writt
 
 
 def _total(files: Written) -> int:
-    """Rows in `files`, each file once: equal rows written twice are one file, and count once."""
+    """Number of rows in `files`. Each file counts once: equal rows that were written twice are one file."""
     return sum(file.rows for file in {each if isinstance(each, TFRecordFile) else each[0] for each in files})
 
 
 def finish(files: Written, read: int, prefix: str | None, target: CommitTarget, account: str) -> None:
-    """Make the predictions visible, and leave the run's figures where the launcher finds them."""
+    """Makes the predictions visible, and writes the run's figures where the launcher finds them."""
     count = len({each.path if isinstance(each, TFRecordFile) else each[0].path for each in files})
     figures: dict[str, object] = {"rows_in": read, "rows_out": _total(files), "set_aside": 0, "files": count}
     if prefix:
@@ -186,7 +186,7 @@ def finish(files: Written, read: int, prefix: str | None, target: CommitTarget, 
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the pipeline; returns 0 if the predictions are published.
+    """Runs the pipeline; returns 0 if the predictions are published.
 
     With --streaming it runs `beam_pipelines.inference_streaming` instead.
     """

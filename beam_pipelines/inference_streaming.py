@@ -122,7 +122,7 @@ def rows_of_topic(pipeline: beam.Pipeline, options: StreamingOptions, plan: Live
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the job until the end of the replay, the end of every partition of the topic, or a signal."""
+    """Runs the job until the end of the replay, the end of every partition of the topic, or a signal."""
     options, request = parse(argv)
     with Run("inference --streaming", options.run_id, options.folder) as run:
         try:
@@ -134,7 +134,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_replay(options: StreamingOptions, request: LiveInferenceRequest) -> LiveInferencePlan:
-    """Score the rows of the live feature table."""
+    """Scores the rows of the live feature table."""
     plan = prepare_live_inference(request)
     pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_args)))
     build(pipeline, options, plan)
@@ -143,7 +143,7 @@ def run_replay(options: StreamingOptions, request: LiveInferenceRequest) -> Live
 
 
 def run_live(options: StreamingOptions, request: LiveInferenceRequest) -> LiveInferencePlan:
-    """Launch the job until it ends: it is launched again when the topic has more partitions.
+    """Launches the job until it ends: it is launched again when the topic gets more partitions.
 
     Returns:
         The plan of the last launch.
@@ -160,7 +160,7 @@ def run_live(options: StreamingOptions, request: LiveInferenceRequest) -> LiveIn
 
 
 def launch(options: StreamingOptions, plan: LiveInferencePlan, pipeline_options: PipelineOptions) -> bool:
-    """Run the job once.  Returns whether it must be launched again."""
+    """Runs the job once.  Returns whether it must be launched again."""
     if plan.finished:
         log.info("every partition of the topic has ended, and all rows are scored: nothing to do")
         return False

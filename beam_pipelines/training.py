@@ -14,34 +14,34 @@ from collections.abc import Sequence
 import apache_beam as beam
 from apache_beam.pvalue import AsSingleton
 
-from beam_pipelines.runtime.arguments import Arguments, day, threads, whole
+from beam_pipelines.runtime.arguments import Arguments, threads, utc_day, whole
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.run_report import Run, execute
 from schemas.errors import GateError, MillraceError, StoreError
-from schemas.loading import decoded, load_definition
-from transforms.evaluation.evaluate import Evaluate, carried
+from schemas.loading import decode_python, load_definition
+from transforms.evaluation.evaluate import Evaluate, tally_columns
 from transforms.evaluation.shap import Explain
-from transforms.models.bundle import load
+from transforms.models.bundle import load_bundle
 from transforms.models.problem_identity import require_same_problem
 from transforms.models.registry import Registry, preparing_database, registry_uri
-from transforms.models.scoring import Pinned, Score
+from transforms.models.scoring import PinnedModel, Score
 from transforms.models.stored_records import ProvenanceRecord, TrainingRecord
 from transforms.storage.file_systems import FileSystems
-from transforms.training.champion_comparison import Challenge, Compare
-from transforms.training.data_checks import STATISTICS, Leaks, examine, model_columns
+from transforms.training.champion_comparison import Challenge, CompareWithChampion
+from transforms.training.data_checks import STATISTICS, FindLeaks, check_data, model_columns
 from transforms.training.examples import (
     ExamplePlan,
     MakeExamples,
     add_accounts,
-    checked,
     delete_files,
     read_shard,
+    require_usable,
     shards_to_test,
 )
-from transforms.training.fit_encoders import Fit, declared
+from transforms.training.fit_encoders import FitEncoders, declared_inputs
 from transforms.training.float32_checks import lost_digits
-from transforms.training.hyperparameter_search import trials
+from transforms.training.hyperparameter_search import first_trials
 from transforms.training.preparation import TrainingRequest, prepare_training
 from transforms.training.publish_model import (
     BUNDLE,
@@ -49,20 +49,20 @@ from transforms.training.publish_model import (
     Publication,
     RunOutcome,
     failed_gates,
-    publish,
+    publish_trained_model,
     read_record,
     rival_of,
 )
 from transforms.training.trainer import BundleRequest, Study, Train, save_best
-from transforms.training.unseen_categories import unseen
-from transforms.training.xgboost_data import until
+from transforms.training.unseen_categories import warn_of_unseen
+from transforms.training.xgboost_data import examples_of_fold
 from transforms.validation.statistics import Statistics
 
 log = logging.getLogger("millrace.training")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Options(TrainingRequest):
+class TrainingOptions(TrainingRequest):
     """The options of one run: what to train, and how to run it.
 
     Args:
@@ -89,10 +89,10 @@ def _arguments() -> Arguments:
     arguments.add_argument(
         "--features_version", type=whole(0, 2**62), help="version of the feature table (default: the newest)"
     )
-    arguments.add_argument("--start", type=day, help="first UTC day of features used (default: the first)")
+    arguments.add_argument("--start", type=utc_day, help="first UTC day of features used (default: the first)")
     arguments.add_argument(
         "--cutoff",
-        type=day,
+        type=utc_day,
         help="UTC day before which everything is known (default: the day after the last of the feature table)",
     )
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite under <store>/registry)")
@@ -114,14 +114,14 @@ def _arguments() -> Arguments:
     return arguments
 
 
-def parse(argv: Sequence[str]) -> Options:
+def parse(argv: Sequence[str]) -> TrainingOptions:
     """Parse flags into options.
 
     Raises:
         DefinitionError: a flag or the definition is not valid.
     """
     flags, rest = _arguments().parse(argv)
-    return Options(
+    return TrainingOptions(
         definition=load_definition(flags.definition),
         store=flags.store,
         sources=flags.sources or FileSystems.join(flags.store, "sources"),
@@ -157,19 +157,20 @@ class Tested:
     rows: beam.PCollection
 
 
-def build(pipeline: beam.Pipeline, options: Options, plan: ExamplePlan, provenance: ProvenanceRecord) -> None:
-    """Build the graph.  Steps before the last write files and return their names; the last makes the model visible."""
+def build(pipeline: beam.Pipeline, options: TrainingOptions, plan: ExamplePlan, provenance: ProvenanceRecord) -> None:
+    """Builds the graph.  The steps before the last write files and return their names; the last makes the model
+    visible."""
     tested = train_and_test(pipeline, options, plan, provenance, champion_of(options))
-    rival = tested.rows | "Compare" >> Compare(challenge_of(options), plan.split)
-    explained = tested.rows | "Explain" >> Explain(options.model, Pinned(options.bundle), options.cores)
+    rival = tested.rows | "Compare" >> CompareWithChampion(challenge_of(options), plan.split)
+    explained = tested.rows | "Explain" >> Explain(options.model, PinnedModel(options.bundle), options.cores)
     sides = [AsSingleton(each) for each in (tested.trained, tested.account, tested.findings, rival, explained)]
     outcome = tested.report | "Outcome" >> beam.Map(RunOutcome, *sides)
-    _ = outcome | "Publish" >> beam.Map(publish, publication(options))
+    _ = outcome | "Publish" >> beam.Map(publish_trained_model, publication(options))
 
 
 def train_and_test(
     pipeline: beam.Pipeline,
-    options: Options,
+    options: TrainingOptions,
     plan: ExamplePlan,
     provenance: ProvenanceRecord,
     champion: tuple[str, bytes] | None = None,
@@ -182,16 +183,20 @@ def train_and_test(
     model = options.model
     blocks = pipeline | "Blocks" >> beam.Create(list(plan.blocks))
     accounts, learning = blocks | "Examples" >> MakeExamples(plan)
-    account = accounts | "Account" >> beam.CombineGlobally(add_accounts) | "Check" >> beam.Map(checked, plan.alone)
+    account = (
+        accounts | "Account" >> beam.CombineGlobally(add_accounts) | "Check" >> beam.Map(require_usable, plan.alone)
+    )
     statistics = learning | "Statistics" >> Statistics(model_columns(model))
-    leaks = learning | "Leaks" >> beam.CombineGlobally(Leaks.of(model))
+    leaks = learning | "Leaks" >> beam.CombineGlobally(FindLeaks.of(model))
     fitted = [
-        learning | f"Fold{i}" >> beam.Map(until, model, fold) | f"FitFold{i}" >> Fit(declared(model))
+        learning
+        | f"Fold{i}" >> beam.Map(examples_of_fold, model, fold)
+        | f"FitFold{i}" >> FitEncoders(declared_inputs(model))
         for i, fold in enumerate(plan.split.folds)
     ]
-    fitted.append(learning | "Fit" >> Fit(declared(model)))
+    fitted.append(learning | "Fit" >> FitEncoders(declared_inputs(model)))
     study = Study(model, plan.split, options.folder, options.cores, options.device)
-    tried = pipeline | "Trials" >> beam.Create(trials(model)) | "Train" >> Train(study, account, fitted)
+    tried = pipeline | "Trials" >> beam.Create(first_trials(model)) | "Train" >> Train(study, account, fitted)
     sides = AsSingleton(account), AsSingleton(fitted[-1]), AsSingleton(statistics)
     trained = (
         tried
@@ -200,43 +205,45 @@ def train_and_test(
     )
     tests = trained | "TestFiles" >> beam.FlatMap(shards_to_test, AsSingleton(account)) | "Spread" >> beam.Reshuffle()
     rows = tests | "Read" >> beam.FlatMap(read_shard)
-    scored = rows | "Score" >> Score(Pinned(options.bundle), threads=options.cores, carry=carried(model.gates))
+    scored = rows | "Score" >> Score(
+        PinnedModel(options.bundle), threads=options.cores, carry=tally_columns(model.gates)
+    )
     tested = rows | "TestStatistics" >> Statistics(model_columns(model))
-    findings = statistics | "Examine" >> beam.Map(examine, AsSingleton(tested), AsSingleton(leaks), model, champion)
+    findings = statistics | "Examine" >> beam.Map(check_data, AsSingleton(tested), AsSingleton(leaks), model, champion)
     findings = findings | "Unseen" >> beam.Map(
-        unseen, AsSingleton(statistics), AsSingleton(tested), tuple(model.inputs)
+        warn_of_unseen, AsSingleton(statistics), AsSingleton(tested), tuple(model.inputs)
     )
     findings = findings | "Digits" >> beam.Map(lost_digits, AsSingleton(statistics), AsSingleton(account), model)
     return Tested(scored | "Evaluate" >> Evaluate(model), trained, account, findings, rows)
 
 
-def champion_of(options: Options) -> tuple[str, bytes] | None:
+def champion_of(options: TrainingOptions) -> tuple[str, bytes] | None:
     """The champion's version and the statistics of its training data; None without a champion that can be read."""
     registry, name = Registry(options.registry), options.model.name
     try:
         version = rival_of(registry, name, options.run_id)
         if version is None:
             return None
-        bundle = load(registry.resolve(name, version)[1])
+        bundle = load_bundle(registry.resolve(name, version)[1])
     except MillraceError as error:
         log.warning("nothing to compare the training data with: %s", error)
         return None
     return (version, bundle.extra[STATISTICS]) if STATISTICS in bundle.extra else None
 
 
-def challenge_of(options: Options) -> Challenge:
+def challenge_of(options: TrainingOptions) -> Challenge:
     return Challenge(options.model, options.registry, options.run_id, options.store, options.cores)
 
 
-def publication(options: Options) -> Publication:
+def publication(options: TrainingOptions) -> Publication:
     model = options.model
-    text = decoded(options.definition.source)
+    text = decode_python(options.definition.source)
     return Publication(
         model.name, model.metric, model.gates, options.registry, options.run_id, options.folder, {"definition.py": text}
     )
 
 
-def resolve(options: Options) -> tuple[ExamplePlan, ProvenanceRecord]:
+def resolve(options: TrainingOptions) -> tuple[ExamplePlan, ProvenanceRecord]:
     """Fix the versions that the run reads; see `transforms.training.preparation.prepare_training`."""
     return prepare_training(options)
 
@@ -265,8 +272,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def check_problem(options: Options) -> None:
-    """Refuse before training what registering would refuse after it.  An unreachable registry is only warned of.
+def check_problem(options: TrainingOptions) -> None:
+    """Refuses before training what registering would refuse afterwards.  An unreachable registry only causes a warning.
 
     Raises:
         MismatchError: the model's name stands for another problem.

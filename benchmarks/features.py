@@ -2,9 +2,9 @@
 
     python -m benchmarks.features [--copies 30] [--repeats 1] [--only polars,kernel,…] [--json FILE] [--keep FOLDER]
 
-The year of flights `--copies` times (30: 10.1 million events and questions), keys renamed, noise added; 3 keys × 3
-windows × mean and max; Parquet to Parquet, events and questions in separate tables.  Statistics and schema checks are
-not part of it. Before anything is compared, the pipeline's features are held against those of Polars.
+The year of flights `--copies` times (30: 10.1 million events and spine rows), with renamed keys and added noise; 3 keys
+× 3 windows × mean and max; Parquet to Parquet, with events and spine rows in separate tables.  Statistics and schema
+checks are left out. First, the pipeline's features are compared with those of Polars.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from benchmarks.measure import Figures, Measurement, Side, arguments, machine, r
 from transforms.features.plan import BLOCK_ROWS
 
 SIDES = ("polars", "kernel", "slices", "shuffle", "triple", "heavy", "tenth", "idiomatic", "join", "feast")
-# Feast's default store joins every row of a key with every other: it is asked for on a thirtieth of the data, or not at
-# all.
+# Feast's default store joins every row of a key with every other: it runs only if requested, on a thirtieth of the
+# data, or not at all.
 MORE_SIDES = ("feast_dask",)
 
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def make_sides(folder: Path, copies: int, wanted: Sequence[str]) -> dict[str, Side]:
-    """The sides wanted with their data, which is written where it is missing."""
+    """The requested sides with their data, which is written if it is missing."""
 
     def data(name: str, times: int, heavy: bool = False) -> str:
         features_case.write(str(folder / name), times, heavy)
@@ -99,7 +99,7 @@ def make_sides(folder: Path, copies: int, wanted: Sequence[str]) -> dict[str, Si
 
 
 def _small(folder: Path, side: Side) -> Side:
-    """The same side on one plain year's head, to learn what it imports."""
+    """The same side on the first rows of a plain year, to find out what it imports."""
     small = folder / "small"
     if not small.exists():
         features_case.write(str(folder / "one"), 1)
@@ -112,10 +112,10 @@ def _small(folder: Path, side: Side) -> Side:
 
 
 def ratios(measured: dict[str, list[Measurement]]) -> dict[str, float]:
-    """Of medians, each side over another."""
+    """Ratios of medians, of one side to another."""
 
     def median(name: str, field: str) -> float:
-        # Feast's work is its stage: what comes before sets its registry up.
+        # Only Feast's stage counts: what comes before sets up its registry.
         found = [each.stages["join"] if "join" in each.stages else dataclasses.asdict(each) for each in measured[name]]
         return float(sorted(each[field] for each in found)[len(found) // 2])
 
@@ -138,7 +138,8 @@ def ratios(measured: dict[str, list[Measurement]]) -> dict[str, float]:
 
 
 def compare_values(folder: Path) -> Figures:
-    """Features of the pipeline and of Polars: rows, and values further apart than float32 rounding."""
+    """Compares the features of the pipeline and of Polars: number of rows, and of values that differ by more than
+    float32 rounding."""
     theirs = pl.scan_parquet(folder / "polars-0" / "features.parquet")
     (table,) = (folder / "slices-0" / "features" / features_case.view.name).iterdir()
     ours = pl.scan_delta(str(table))

@@ -28,7 +28,7 @@ view = FeatureView(
 def write(store: str, copies: int, heavy: bool = False) -> None:
     """The year of flights `copies` times, keys renamed per copy, noise of two decimals on the values, sorted by time.
 
-    If `heavy`, nine rows in ten have one and the same key in every column.
+    If `heavy`, nine rows in ten have the same key in every column.
     """
     from examples.flights import data
 

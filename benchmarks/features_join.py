@@ -1,12 +1,10 @@
-"""A point-in-time join alone, as Feast has it: the newest values of a feature table as of each question, at most a day
-old.
+"""A point-in-time join as in Feast: the newest values of a feature table for each spine row, at most a day old.
 
-The questions are those of `features_case` that name a plane; the feature table has a row of six numbers for every
-departure. A plane has one row at a moment and one question at a moment, since Feast leaves the choice among several to
-chance.
+The spine rows are those of `features_case` that name a plane; the feature table has a row of six numbers for every
+departure. A plane has at most one row and one spine row at any time, because Feast's choice among several is random.
 
-Feast's environment is another one (its pins contradict ours), made here once: see `feast_python`.  Functions that run
-there import nothing of ours.
+Feast has its own environment (its pins contradict Millrace's), which is made here once: see `feast_python`.  Functions
+that run there import nothing of Millrace.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ def feast_python() -> str:
     `~/.cache`.
 
     Raises:
-        SystemExit: it cannot be made.
+        SystemExit: the environment cannot be made.
     """
     cache = os.environ.get("MILLRACE_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "millrace"
@@ -63,22 +61,22 @@ def view() -> FeatureView:
 
     from schemas import FeatureView, Latest, Source
 
-    asked = Source("asked", time="asked_at", columns={"flight_id": pl.Int64, "tailnum": pl.String})
+    spine = Source("spine", time="asked_at", columns={"flight_id": pl.Int64, "tailnum": pl.String})
     plane = Source("plane", time="known_at", columns={"tailnum": pl.String, **dict.fromkeys(NUMBERS, pl.Float32)})
     return FeatureView(
         "join",
-        spine=asked,
+        spine=spine,
         key="flight_id",
         features=[Latest(plane, by="tailnum", columns=NUMBERS, max_age="1d")],
     )
 
 
 def write(case: str, folder: str) -> str:
-    """Sources `asked` and `plane` under `folder`, from those of `features_case` under `case`; and the questions as
-    Feast takes them.
+    """Writes the sources `spine` and `plane` under `folder`, from those of `features_case` under `case`; and Feast's
+    spine.
 
-    Feast's join sees a row known at the very moment of the question and Millrace's does not, so Feast's questions are
-    asked a microsecond before, and a row expires for it a microsecond earlier.
+    Feast's join sees a row that became known at the very time of the spine row, and Millrace's does not. So Feast's
+    spine rows are a microsecond earlier, and for Feast a row expires a microsecond earlier.
     """
     import numpy as np
     import polars as pl
@@ -94,15 +92,15 @@ def write(case: str, folder: str) -> str:
     )
     random = np.random.default_rng(3)
     known = known.with_columns(pl.Series(name, random.random(len(known), np.float32)) for name in NUMBERS)
-    asked = (
+    spine = (
         pl.read_parquet(f"{case}/schedule/*.parquet", columns=["flight_id", "tailnum", "asked_at"])
         .drop_nulls()
         .sort("flight_id")
         .unique(["tailnum", "asked_at"], keep="first", maintain_order=True)
         .sort("asked_at", "flight_id")
     )
-    before = asked.with_columns(event_timestamp=pl.col("asked_at").dt.offset_by("-1us")).drop("asked_at")
-    for name, frame in (("plane", known), ("asked", asked), ("asked_feast", before)):
+    before = spine.with_columns(event_timestamp=pl.col("asked_at").dt.offset_by("-1us")).drop("asked_at")
+    for name, frame in (("plane", known), ("spine", spine), ("spine_feast", before)):
         os.makedirs(f"{folder}/{name}", exist_ok=True)
         frame.write_parquet(f"{folder}/{name}/part-0.parquet", row_group_size=131_072, compression="lz4")
     Path(folder, "done").touch()
@@ -134,7 +132,7 @@ def millrace(sources: str, out: str, flags: list[str]) -> Figures:
 
 def feast(sources: str, out: str, store: str) -> Figures:
     """`get_historical_features` with the offline store named (`duckdb` or `dask`), Parquet to Parquet; the registry is
-    made before the clock starts for the stage `join`."""
+    made before the stage `join` is timed."""
     import pandas as pd
     import pyarrow.parquet as pq
     from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig
@@ -168,15 +166,15 @@ def feast(sources: str, out: str, store: str) -> Figures:
     repository = FeatureStore(config=config)
     repository.apply([plane, features])
     with stage("join"):
-        asked = pd.read_parquet(f"{sources}/asked_feast/part-0.parquet")
-        job = repository.get_historical_features(asked, features=[f"plane:{name}" for name in NUMBERS])
+        spine = pd.read_parquet(f"{sources}/spine_feast/part-0.parquet")
+        job = repository.get_historical_features(spine, features=[f"plane:{name}" for name in NUMBERS])
         found = job.to_arrow()
         pq.write_table(found, f"{out}/features.parquet", compression="lz4")
     return {"rows": found.num_rows}
 
 
 def differing(ours: Path, theirs: Path) -> Figures:
-    """Questions in both, and those of them with any other value."""
+    """Number of spine rows in both results, and of those with a different value."""
     import polars as pl
 
     made = view()

@@ -23,11 +23,13 @@ def polars(sources: str, out: str) -> Figures:
     """A straightforward Polars program: sort, `rolling_*_by`, `.over`, on both cores."""
     import polars as pl
 
-    spine = pl.read_parquet(f"{sources}/schedule/*.parquet").rename({"asked_at": "at"}).with_columns(asked=pl.lit(True))
+    spine = (
+        pl.read_parquet(f"{sources}/schedule/*.parquet").rename({"asked_at": "at"}).with_columns(is_spine=pl.lit(True))
+    )
     events = (
         pl.read_parquet(f"{sources}/departures/*.parquet")
         .rename({"departed_at": "at"})
-        .with_columns(asked=pl.lit(False))
+        .with_columns(is_spine=pl.lit(False))
     )
     both = pl.concat([events, spine], how="diagonal").sort("at")
     for key in KEYS:
@@ -39,7 +41,7 @@ def polars(sources: str, out: str) -> Figures:
             for stat in STATS
             for window in WINDOWS
         )
-    features = both.filter("asked").drop("asked", "dep_delay")
+    features = both.filter("is_spine").drop("is_spine", "dep_delay")
     os.makedirs(out, exist_ok=True)
     features.write_parquet(f"{out}/features.parquet")
     return {"rows": len(features)}
@@ -86,8 +88,7 @@ def pipeline(sources: str, out: str, flags: list[str], definition: str = "benchm
 
 
 def idiomatic(sources: str, out: str) -> Figures:
-    """What one writes with stock transforms: rows as dicts, CoGroupByKey by key, a list per key searched by
-    bisection."""
+    """The usual program with stock transforms: rows as dicts, CoGroupByKey by key, and bisection in a list per key."""
     import apache_beam as beam
     import pyarrow as pa
 
@@ -101,13 +102,13 @@ def idiomatic(sources: str, out: str) -> Figures:
         events = p | "Events" >> beam.io.ReadFromParquet(f"{sources}/departures/*.parquet")
         parts = []
         for key in KEYS:
-            asked = spine | f"SpineBy_{key}" >> beam.Map(
+            keyed = spine | f"SpineBy_{key}" >> beam.Map(
                 lambda row, key=key: (row[key], (row["asked_at"], row["flight_id"]))
             )
             known = events | f"EventsBy_{key}" >> beam.Map(
                 lambda row, key=key: (row[key], (row["departed_at"], row["dep_delay"]))
             )
-            joined = {"asked": asked, "known": known} | f"Join_{key}" >> beam.CoGroupByKey()
+            joined = {"spine": keyed, "known": known} | f"Join_{key}" >> beam.CoGroupByKey()
             parts.append(joined | f"Windows_{key}" >> beam.FlatMap(_windows, key))
         rows = (
             parts
@@ -125,7 +126,7 @@ def _windows(
 ) -> Iterator[tuple[int, dict[str, float | None]]]:
     known = sorted((_seconds(at), value) for at, value in item[1]["known"])
     times, values = [at for at, _ in known], [value for _, value in known]
-    for at, flight in item[1]["asked"]:
+    for at, flight in item[1]["spine"]:
         now = _seconds(at)
         end = bisect.bisect_left(times, now)
         row: dict[str, float | None] = {}

@@ -1,8 +1,7 @@
-"""The flights case without Millrace: Polars, XGBoost and three Parquet files, as one would write it for this case
-alone.
+"""The flights case without Millrace: Polars, XGBoost and three Parquet files, written by hand for this case.
 
-Features are those of `examples/flights/definition.py`, by name.  Parameters, rounds and dates are read from there, so
-that both sides train the same model.  Rolling windows run over one integer key (group number · span + time), which
+Features have the names of those in `examples/flights/definition.py`.  Parameters, rounds and dates are read from there,
+so that both sides train the same model.  Rolling windows run over one integer key (group number · span + time), which
 Polars does faster than `.over(group)`.
 """
 
@@ -22,7 +21,7 @@ from benchmarks.measure import Figures, stage
 from examples.flights.definition import model
 
 MICROSECONDS = {"h": 3_600_000_000, "d": 86_400_000_000}
-CUTOFF = datetime(2014, 1, 2, tzinfo=UTC)  # the day after the last question
+CUTOFF = datetime(2014, 1, 2, tzinfo=UTC)  # the day after the last spine row
 LATE = pl.col("dep_delay") > 15
 ENCODED = ("origin", "carrier")
 
@@ -50,7 +49,7 @@ def features(sources: Path, out: Path) -> None:
     planes = _read(sources, "planes").select("tailnum", planes_year="year", planes_seats="seats")
     delays = _delays(schedule, departures)
     latest = _last_seen(schedule, departures, arrivals, weather)
-    frame = pl.concat([schedule, *delays, _asked_before(schedule, ("1h", "2h", "3h")), *latest], how="horizontal")
+    frame = pl.concat([schedule, *delays, _spine_rows_before(schedule, ("1h", "2h", "3h")), *latest], how="horizontal")
     joined = frame.lazy().join(planes.lazy(), on="tailnum", how="left", maintain_order="left")
     _derived(joined).collect().write_parquet(out, compression="lz4")
 
@@ -84,7 +83,7 @@ def _delays(schedule: pl.DataFrame, departures: pl.DataFrame) -> list[pl.DataFra
 def _last_seen(
     schedule: pl.DataFrame, departures: pl.DataFrame, arrivals: pl.DataFrame, weather: pl.DataFrame
 ) -> list[pl.DataFrame]:
-    """The last row known of the aircraft in each source, and of the weather."""
+    """The last known row of the aircraft in each source, and of the weather."""
     return [
         _latest(schedule, (schedule, "asked_at"), "tailnum", ("due_minute", "block"), "23h", "planned_"),
         _latest(
@@ -144,16 +143,16 @@ def _derived(frame: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def train(sources: Path, folder: Path) -> float:
-    """Fit the encodings and the model on the training months, judge it on the test months."""
+    """Fits the encodings and the model on the training months, and tests it on the test months."""
     split = model.split.resolve(CUTOFF)
     departures = _read(sources, "departures").select("flight_id", "departed_at", label=LATE)
     rows = pl.read_parquet(folder / "features.parquet").join(departures, on="flight_id", maintain_order="left")
-    asked, horizon = pl.col("asked_at"), timedelta(days=1)
-    rows = rows.filter(pl.col("departed_at").is_between(asked, asked + horizon, closed="left"))
+    at, horizon = pl.col("asked_at"), timedelta(days=1)
+    rows = rows.filter(pl.col("departed_at").is_between(at, at + horizon, closed="left"))
     parts = {
-        "train": rows.filter(asked + horizon <= split.train_end),
-        "validate": rows.filter(asked >= split.validate_start, asked + horizon <= split.validate_end),
-        "test": rows.filter(asked >= split.test_start, asked + horizon <= split.cutoff),
+        "train": rows.filter(at + horizon <= split.train_end),
+        "validate": rows.filter(at >= split.validate_start, at + horizon <= split.validate_end),
+        "test": rows.filter(at >= split.test_start, at + horizon <= split.cutoff),
     }
     encodings = {
         name: parts["train"][name].value_counts().sort(["count", name], descending=[True, False])[name].to_list()
@@ -190,15 +189,15 @@ def _read(sources: Path, name: str) -> pl.DataFrame:
 
 
 def _trailing(
-    asked: pl.DataFrame,
+    spine: pl.DataFrame,
     events: pl.DataFrame,
     by: str | tuple[str, ...],
     value: pl.Expr,
     windows: dict[str, tuple[str, ...]],
     names: tuple[str, str] = ("departures", "dep_delay_"),
 ) -> pl.DataFrame:
-    """Statistics of `value` over each window before each asked row, in the order of `asked`; `names` are
-    the parts of a feature's name before and after its keys."""
+    """Statistics of `value` over each window before each spine row, in the order of `spine`; `names` are the parts of a
+    feature's name before and after its keys."""
     keys = (by,) if isinstance(by, str) else by
     both = pl.concat(
         [
@@ -208,7 +207,7 @@ def _trailing(
                 value.alias("v"),
                 pl.lit(None, pl.UInt32).alias("row"),
             ),
-            asked.select(
+            spine.select(
                 *keys,
                 pl.col("asked_at").to_physical().alias("t"),
                 pl.lit(None, pl.Float64).alias("v"),
@@ -247,9 +246,9 @@ def _statistic(stat: str, window: str) -> pl.Expr:
             return counted.rolling_sum_by("key", size, closed="left").fill_null(0)
 
 
-def _asked_before(asked: pl.DataFrame, windows: tuple[str, ...]) -> pl.DataFrame:
-    """How many rows of the same origin were asked in each window before."""
-    return asked.select("asked_at", "origin", one=pl.lit(1, pl.Int64)).select(
+def _spine_rows_before(spine: pl.DataFrame, windows: tuple[str, ...]) -> pl.DataFrame:
+    """Number of spine rows of the same origin in each window before."""
+    return spine.select("asked_at", "origin", one=pl.lit(1, pl.Int64)).select(
         pl.col("one")
         .rolling_sum_by("asked_at", window, closed="left")
         .over("origin")
@@ -260,15 +259,16 @@ def _asked_before(asked: pl.DataFrame, windows: tuple[str, ...]) -> pl.DataFrame
 
 
 def _latest(
-    asked: pl.DataFrame, timed: tuple[pl.DataFrame, str], by: str, columns: tuple[str, ...], max_age: str, prefix: str
+    spine: pl.DataFrame, timed: tuple[pl.DataFrame, str], by: str, columns: tuple[str, ...], max_age: str, prefix: str
 ) -> pl.DataFrame:
-    """Columns of the last event of the same key strictly before each asked row; `timed` are events and their time."""
+    """Columns of the last event with the same key strictly before each spine row; `timed` are events and their time
+    column."""
     events, time = timed
     events = events.drop_nulls(by).select(
         by, pl.col(time).alias("__t"), *(pl.col(name).alias(prefix + name) for name in columns)
     )
     return (
-        asked.select(by, "asked_at")
+        spine.select(by, "asked_at")
         .join_asof(
             events,
             left_on="asked_at",

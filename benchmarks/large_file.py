@@ -1,11 +1,11 @@
-"""One very large Parquet file as a source: time, and memory that a block bounds and not the file.
+"""One very large Parquet file as a source: time, and memory that depends on the block and not on the file.
 
     python -m benchmarks.large_file [--gb 5] [--group_rows 1048576] [--flags "--plan slices"]
                                     [--json FILE] [--keep FOLDER]
 
-Events with a key, a time and eight numbers that no codec shrinks, sorted by time, over a year; a million questions; the
-mean of each number in the last day.  The same with a tenth of the file says what memory depends on.  Counts of the last
-questions are held against Polars.  Needs as much free disk as the file takes, and a little more.
+Events with a key, a time and eight numbers that no codec compresses, sorted by time, over a year; a million spine rows;
+the mean of each number in the last day.  A second run with a tenth of the file shows what memory depends on.  Counts of
+the last spine rows are compared with Polars.  Needs as much free disk as the file takes, and a little more.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from schemas import FeatureView, Source, Trailing
 NUMBERS = tuple(f"n{i}" for i in range(8))
 START, YEAR = int(datetime(2024, 1, 1, tzinfo=UTC).timestamp() * 1e6), 365 * 86_400 * 10**6
 ROW_BYTES = 8 * (2 + len(NUMBERS))
-KEYS, QUESTIONS = 5000, 1_000_000
+KEYS, SPINE_ROWS = 5000, 1_000_000
 
-asked = Source("asked", time="at", columns={"id": pl.Int64, "key": pl.Int64})
+spine = Source("spine", time="at", columns={"id": pl.Int64, "key": pl.Int64})
 events = Source("events", time="at", columns={"key": pl.Int64, **dict.fromkeys(NUMBERS, pl.Float64)})
 view = FeatureView(
     "large",
-    spine=asked,
+    spine=spine,
     key="id",
     features=[Trailing(events, by="key", over="1d", stats={**dict.fromkeys(NUMBERS, "mean"), "*": "count"})],
 )
@@ -56,14 +56,14 @@ def main(argv: Sequence[str]) -> int:
             size = write(sources, round(gb * 1e9 / ROW_BYTES), flags.group_rows)
             side = Side(name, "benchmarks.large_file:pipeline", {"sources": str(sources), "flags": flags.flags.split()})
             one, modules = run(side, folder / f"{name}-out", modules or ())
-            if name != "small":  # which says what is imported, and warms up
+            if name != "small":  # this run finds out what is imported, and warms up
                 measured[name] = [one]
                 say(
                     f"{name}, {size / 1e9:.2f} GB: {one.seconds:.1f} s, "
                     f"peak {one.peak_mb:.0f} MB above {one.baseline_mb:.0f} MB"
                 )
             apart = compare(sources, folder / f"{name}-out")
-            say(f"{name}: {apart} of the last {min(1000, QUESTIONS):,} counts differ from Polars")
+            say(f"{name}: {apart} of the last {min(1000, SPINE_ROWS):,} counts differ from Polars")
             if flags.keep is None:
                 shutil.rmtree(sources)
         figures = {
@@ -85,13 +85,13 @@ def write(folder: Path, rows: int, group_rows: int) -> int:
     if not path.exists():
         random = np.random.default_rng(1)
         path.parent.mkdir(parents=True)
-        (folder / "asked").mkdir()
-        at = START + np.sort(random.integers(0, YEAR, QUESTIONS))
+        (folder / "spine").mkdir()
+        at = START + np.sort(random.integers(0, YEAR, SPINE_ROWS))
         stamps = pa.array(at, pa.timestamp("us", "UTC"))
-        keys = pa.array(random.integers(0, KEYS, QUESTIONS))
+        keys = pa.array(random.integers(0, KEYS, SPINE_ROWS))
         pq.write_table(
-            pa.table({"id": np.arange(QUESTIONS), "key": keys, "at": stamps}),
-            folder / "asked" / "part-0.parquet",
+            pa.table({"id": np.arange(SPINE_ROWS), "key": keys, "at": stamps}),
+            folder / "spine" / "part-0.parquet",
             row_group_size=131_072,
         )
         schema = pa.schema(
@@ -132,7 +132,7 @@ def pipeline(sources: str, out: str, flags: list[str]) -> dict[str, int]:
 
 
 def compare(sources: Path, out: Path) -> int:
-    """How many of the last questions have another count of events than a join in Polars finds."""
+    """How many of the last spine rows have another count of events than a join in Polars."""
     ours = (
         pl.scan_delta(str(out / "features" / view.name / view.fingerprint))
         .select("id", "at", "key", "events_by_key_count_1d")

@@ -1,4 +1,4 @@
-"""The case of `benchmarks/long_windows.py`: as that of `benchmarks/features.py`, with windows of a year."""
+"""The case of `benchmarks/long_windows.py`: like that of `benchmarks/features.py`, with windows of a year."""
 
 from __future__ import annotations
 

@@ -3,9 +3,10 @@
     python -m benchmarks.long_windows [--copies 30] [--last_days N] [--only even,heavy] [--repeats 1]
                                       [--json FILE] [--keep FOLDER]
 
-The data of `benchmarks.features` (30 copies: 10.1 million events and questions of one year), the view of
-`benchmarks.long_case`: 3 keys × windows of a day and of 365 days × mean and max.  With `--last_days` the questions of
-the last N days alone are answered, whose windows reach back over everything.  The last answers are held against Polars.
+The data of `benchmarks.features` (30 copies: 10.1 million events and spine rows of one year), the view of
+`benchmarks.long_case`: 3 keys × windows of a day and of 365 days × mean and max.  With `--last_days`, only the spine
+rows of the last N days are computed; their windows reach back over everything.  The last feature rows are compared with
+Polars.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from benchmarks.measure import Measurement, Side, arguments, machine, raw, run, 
 
 SIDES = ("even", "heavy")
 END = date(2014, 1, 1)
-# Answers held against Polars, which joins each question with all events of its key.
+# Feature rows that are compared with Polars, which joins each spine row with all events of its key.
 CHECKED = {"even": 1000, "heavy": 10}
 
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     parser = arguments("Windows of a year over millions of rows.")
     parser.set_defaults(repeats=1)
     parser.add_argument("--copies", type=int, default=30, help="how often the year is repeated (default 30)")
-    parser.add_argument("--last_days", type=int, help="answer the questions of the last days alone (default: all)")
+    parser.add_argument("--last_days", type=int, help="compute only the spine rows of the last days (default: all)")
     parser.add_argument("--only", default=",".join(SIDES), help=f"sides to run, of {', '.join(SIDES)}")
     flags = parser.parse_args(argv)
     more = [] if flags.last_days is None else ["--start", str(END - timedelta(days=flags.last_days))]
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
                 say(f"{name}: {one.seconds:.1f} s, peak {one.peak_mb:.0f} MB above {one.baseline_mb:.0f} MB")
             checked = CHECKED[name]
             say(
-                f"{name}: {wrong(folder / name / 'sources', out, checked)} of the last {checked:,} answers "
+                f"{name}: {wrong(folder / name / 'sources', out, checked)} of the last {checked:,} feature rows "
                 "differ from Polars"
             )
         print(summary(measured))
@@ -66,7 +67,8 @@ def _side(name: str, case: Path, flags: list[str]) -> Side:
 
 
 def wrong(sources: Path, out: Path, checked: int) -> int:
-    """How many of the last questions have another maximum over a year by any key, or another mean to 1e-6 of it."""
+    """How many of the last spine rows have another maximum over a year by some key, or a mean that differs by more than
+    1e-6 of it."""
     table = out / "features" / view.name / view.fingerprint
     last = pl.scan_delta(str(table)).sort("asked_at", "flight_id").tail(checked).collect()
     known = pl.scan_parquet(sources / "departures" / "*.parquet")

@@ -4,10 +4,9 @@
 
 Both sides read the same Parquet sources and do their whole work in one process each: features of the year, a model
 trained and tested, every row scored.  `benchmarks/flights_native.py` is the hand-written side.  The other side calls
-`main(argv)` of the three pipelines one after the other, with their defaults: on top of what the native side does they
-judge every row against its contract, write Delta tables, training examples as Parquet and TFRecord, metrics by slice,
-and register the model in MLflow.  Before anything is compared, the outputs of both sides are: features, test AUC,
-scores.
+`main(argv)` of the three pipelines one after the other, with their defaults: in addition to what the native side does,
+they check every row against its contract, write Delta tables, training examples as Parquet and TFRecord, metrics by
+slice, and register the model in MLflow.  First, the outputs of both sides are compared: features, test AUC, scores.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import polars as pl
 
 from benchmarks.measure import Figures, Side, arguments, compare, machine, ratios, raw, say, stage, summary, write_json
 
-# float32 holds 24 bits; the sides add in other orders, and may differ in the last.
+# float32 has 24 bits; the sides add in different orders, and may differ in the last bit.
 RELATIVE = 1e-6
 AUC_APART = 0.003
 
@@ -76,10 +75,10 @@ def _run(pipeline: Callable[[Sequence[str]], int], argv: Sequence[str]) -> None:
 
 
 def check(outputs: Mapping[str, Path]) -> Figures:
-    """What the two sides' warm-up runs agree in.
+    """Checks that the two sides' warm-up runs agree; returns what was compared.
 
     Raises:
-        SystemExit: they do not.
+        SystemExit: they do not agree.
     """
     from examples.flights.definition import model
     from transforms.storage.paths import features_uri, predictions_uri
@@ -116,7 +115,7 @@ def _table(uri: str) -> pl.DataFrame:
 
 
 def _different(ours: pl.Series, theirs: pl.Series) -> pl.Series:
-    """Where two columns differ by more than rounding."""
+    """Whether two columns differ by more than rounding, row by row."""
     a, b = ours.cast(pl.Float64), theirs.cast(pl.Float64)
     apart = ((a - b).abs() > RELATIVE * pl.select(pl.max_horizontal(a.abs(), pl.lit(1.0))).to_series()).fill_null(False)
     return (ours.is_null() != theirs.is_null()) | apart

@@ -1,11 +1,11 @@
 """Times and peak memory of the sides of a comparison, each run in a fresh process.
 
-A side is a function named `module:function`.  Its process first imports everything the side uses, then notes its memory
-(the baseline), then starts the clock.  What is imported is not guessed: a first, unmeasured run of the side says which
-modules it ended up with.  That run also warms the file cache for both sides alike.
+A side is a function named `module:function`.  Its process first imports everything that the side uses, then records its
+memory (the baseline), then starts the clock.  What to import is not guessed: a first, unmeasured run of the side
+records the modules that it imported.  That run also warms the file cache for both sides alike.
 
-Memory is the resident set, read from the kernel's own high-water mark (`VmHWM`, reset after the imports); children are
-sampled and added.
+Memory is the resident set by the kernel's own high-water mark (`VmHWM`, reset after the imports); children are sampled
+and added.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_SECONDS = 0.25
-# XGBoost's threads wait for each other by spinning, which on cores that others use as well can cost thirty times the
-# work.
+# XGBoost's threads wait for each other by spinning, which can cost thirty times the work on cores that other processes
+# use.
 QUIET = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
 _stages: dict[str, dict[str, float]] = {}
 _high = [0.0]
-# What a side returns, or a comparison finds: numbers by name.
+# The result of a side or of a comparison: numbers by name.
 Figures = dict[str, float]
 
 
@@ -42,7 +42,7 @@ class Side:
     """One side: `function` ("module:function") is called with `arguments` and `out`, a fresh folder; it returns
     figures.
 
-    `python` runs it: another environment's, or this one's.
+    `python` runs it: that of another environment, or of this one.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Measurement:
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Inside a side: seconds and peak of a part of it, shown apart."""
+    """Within a side: measures seconds and peak of a part of it, which are shown separately."""
     _high[0] = max(_high[0], high_water())
     _reset_high_water()
     cpu, start = _cpu_seconds(), time.perf_counter()
@@ -83,10 +83,10 @@ def stage(name: str) -> Iterator[None]:
 
 
 def run(side: Side, out: Path, modules: Sequence[str]) -> tuple[Measurement, list[str]]:
-    """Run a side in a process of its own; also the modules it ended up with.
+    """Runs a side in a process of its own; also returns the modules that it imported.
 
     Raises:
-        SystemExit: it failed; what it printed is shown.
+        SystemExit: it failed; its output is shown.
     """
     with tempfile.TemporaryDirectory() as folder:
         request, answer, printed = (Path(folder) / name for name in ("request.json", "answer.json", "printed"))
@@ -120,8 +120,8 @@ def compare(
     folder: Path,
     check: Callable[[dict[str, Path]], Figures] | None = None,
 ) -> tuple[dict[str, list[Measurement]], Figures]:
-    """Every side `repeats` times, alternating, the order turned each time; and what `check` found in the outputs of the
-    warm-up."""
+    """Runs every side `repeats` times, alternating, in reversed order each time; also returns what `check` found in the
+    outputs of the warm-up."""
     modules, outputs = {}, {}
     for side in sides:
         outputs[side.name] = folder / f"{side.name}-warm-up"
@@ -141,8 +141,8 @@ def compare(
 
 
 def ratios(measured: Mapping[str, Sequence[Measurement]], ours: str, theirs: str) -> dict[str, float]:
-    """`wall_vs_<theirs>` and `peak_vs_<theirs>`: ours / theirs; of the fastest runs, since others can only slow a run
-    down, and of the median peaks."""
+    """`wall_vs_<theirs>` and `peak_vs_<theirs>`: Millrace's value divided by theirs. Of wall times the fastest runs
+    count, because other processes can only slow a run down; of peaks the medians."""
 
     def wall(name: str) -> float:
         return min(each.seconds for each in measured[name])
@@ -180,7 +180,7 @@ def raw(measured: Mapping[str, Sequence[Measurement]]) -> dict[str, list[dict[st
 
 
 def machine() -> dict[str, object]:
-    """Where it was measured."""
+    """The machine on which this was measured."""
     with contextlib.suppress(OSError):
         return {
             "cpus": os.cpu_count(),
@@ -192,7 +192,7 @@ def machine() -> dict[str, object]:
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that every benchmark has."""
+    """A parser with the flags of every benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write ratios and raw figures there")
     parser.add_argument("--repeats", type=int, default=3, help="measured runs of each side (default 3)")
@@ -231,12 +231,12 @@ def _status(field: str) -> float:
 
 
 def _reset_high_water() -> None:
-    with contextlib.suppress(OSError):  # not there, or not allowed: the mark then holds since the process began
+    with contextlib.suppress(OSError):  # missing or not allowed: then the mark covers the time since the process began
         Path("/proc/self/clear_refs").write_text("5")
 
 
 class _Children(threading.Thread):
-    """Greatest memory of this process's children together."""
+    """The greatest total memory of this process's children."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -256,13 +256,13 @@ class _Children(threading.Thread):
 
 
 def _serve(request: Path, answer: Path) -> None:
-    """In the side's process: import, note the baseline, work, write what was measured."""
-    asked = json.loads(request.read_text())
-    module, function = asked["function"].split(":")
+    """In the side's process: imports, records the baseline, works, and writes what was measured."""
+    side = json.loads(request.read_text())
+    module, function = side["function"].split(":")
     start = time.perf_counter()
     work = getattr(importlib.import_module(module), function)
-    for name in asked["modules"]:
-        with contextlib.suppress(Exception):  # made by its package while it ran, not by importing
+    for name in side["modules"]:
+        with contextlib.suppress(Exception):  # its package created it while it ran, not by an import
             importlib.import_module(name)
     import psutil  # noqa: F401  the sampler's, part of both baselines
 
@@ -270,12 +270,12 @@ def _serve(request: Path, answer: Path) -> None:
     before = set(sys.modules)
     children = _Children()
     children.start()
-    # The module run as __main__ is not the one a side imports: that one keeps the stages.
+    # The module that runs as __main__ is not the one that a side imports, and the latter keeps the stages.
     record = importlib.import_module("benchmarks.measure")
     baseline = _status("VmRSS")
     _reset_high_water()
     cpu, start = _cpu_seconds(), time.perf_counter()
-    result = work(**asked["arguments"])
+    result = work(**side["arguments"])
     seconds, cpu = time.perf_counter() - start, _cpu_seconds() - cpu
     peak = max(high_water(), record._high[0], *(each["high_mb"] for each in record._stages.values()), 0.0)
     children.stopped.set()
@@ -292,8 +292,8 @@ def _serve(request: Path, answer: Path) -> None:
         stages,
         result,
     )
-    # A module without its package was loaded from its path (TFDV's library is); by its name it would bring the package
-    # along.
+    # A module without its package was loaded from its path (like TFDV's library); an import by name would load the
+    # package too.
     modules = sorted(
         name
         for name in sys.modules

@@ -4,10 +4,10 @@
                                [--only files,value,small_files,training,commands,flushes]
 
 Two made-up cases: 15,000 taxi-like trips over a year, and 1,434 sparse rows over ten months.  Each goes through the
-three pipelines; then its tables are counted, and compared with the same rows written as one Parquet file per table.
-Training is compared with XGBoost alone on the same matrix, and a change of one value with the full run, both timed
-from the first line of `main` (a process that has imported everything).  Flushes to the disk (fsync) are counted and
-timed.
+three pipelines; then the files of its tables are counted, and compared with the same rows written as one Parquet file
+per table. Training is compared with XGBoost alone on the same matrix, and a change of one value with the full run, both
+timed from the first line of `main` (a process that has imported everything).  Flushes to the disk (fsync) are counted
+and timed.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class TableSize:
 
     @property
     def allowed(self) -> float:
-        """Data files that a table of so many rows may have."""
+        """The most data files that a table of so many rows may have."""
         return 10 + self.rows / 5000
 
 
@@ -235,7 +235,7 @@ def count_files(folder: Path) -> dict[str, float]:
 
 
 def _stages(side: Side, folder: Path, repeats: int, keep: bool = False) -> dict[str, float]:
-    """Fastest seconds of each stage of `side`; its imports are done before the clock starts."""
+    """The fastest seconds of each stage of `side`; imports are done before the clock starts."""
     _, modules = run(side, folder / f"{side.name}-warm-up", ())
     found: dict[str, list[dict[str, float]]] = {}
     for i in range(repeats):
@@ -295,6 +295,8 @@ def commands(folder: Path, repeats: int) -> dict[str, float]:
         "models": ["models", *common[2:]],
         "trace": ["trace", "--prediction", str(prediction), *common],
     }
+    # A command starts from byte code, as it does wherever Python may write it.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     found = {}
     for name, argv in lines.items():
         times, used = [], []
@@ -303,7 +305,7 @@ def commands(folder: Path, repeats: int) -> dict[str, float]:
             done = subprocess.run(
                 [sys.executable, "-m", "beam_pipelines.cli", *argv],
                 cwd=ROOT,
-                env=os.environ,
+                env=environment,
                 capture_output=True,
                 text=True,
                 check=False,

@@ -2,7 +2,7 @@
 
     python -m benchmarks.statistics [--rows 10000000] [--columns 18] [--json FILE]
 
-The limit that counts (0.6 × a straightforward Polars feature program) is held by `benchmarks/features.py`.
+The relevant limit (0.6 × a straightforward Polars feature program) is checked by `benchmarks/features.py`.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def write(folder: Path, rows: int, columns: int) -> None:
 
 def millrace(source: str, out: str) -> Figures:
     """What the features pipeline does with each batch, and the proto at the end."""
-    from transforms.validation.statistics import describe, described, nothing, proto
+    from transforms.validation.statistics import columns_described, describe_batch, describe_nothing, statistics_proto
 
     paths = sorted(Path(source).glob("*.parquet"))
     schema = pq.read_schema(paths[0])
-    columns = described(schema, schema.names)
-    total = nothing(columns)
+    columns = columns_described(schema, schema.names)
+    total = describe_nothing(columns)
     for path in paths:
         (batch,) = pq.read_table(path, use_threads=False).combine_chunks().to_batches()
-        total = total + describe(batch, columns)
-    statistics = proto(total)
+        total = total + describe_batch(batch, columns)
+    statistics = statistics_proto(total)
     Path(out).write_bytes(statistics.SerializeToString())
     return {"rows": total.rows, "mean": statistics.datasets[0].features[0].num_stats.mean}
 
@@ -82,7 +82,7 @@ def polars(source: str, out: str) -> Figures:
 
 
 def tfdv(source: str, out: str, files: int) -> Figures:
-    """TFDV's in-memory way, on the first files."""
+    """TFDV's in-memory function, on the first files."""
     import tensorflow_data_validation
 
     frame = pl.read_parquet(sorted(Path(source).glob("*.parquet"))[:files]).to_pandas()

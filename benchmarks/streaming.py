@@ -6,8 +6,7 @@ A DoFn per element is measured beside them for scale.
                                    [--json FILE] [--keep FOLDER]
 
 Broker, KafkaIO, Prism, the jobs and the producer share the machine.  The side `turns` needs none of them: it measures
-what one small turn costs (`turn_fixed_ms`), and a replay of many.  `--json` names what was measured, and nothing
-else.
+what one small turn costs (`turn_fixed_ms`), and a replay of many.  `--json` contains only what was measured.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from benchmarks.streaming_rig import SHARE, YEAR_DAYS, champion, write_sources
 from benchmarks.streaming_sides import Seen
 
 SIDES = ("catchup", "per_element", "lag", "predictions", "soak", "turns")
-# What a side is there for.
+# The main figure of each side.
 HEADLINES = {
     "catchup": "events_per_second",
     "lag": "features_lag_p99_s",
@@ -90,7 +89,7 @@ def median(runs: Sequence[Seen], name: str) -> float:
 
 
 def measured(flags: argparse.Namespace, sides: Sequence[str], folder: Path) -> dict[str, list[Seen]]:
-    """What each side saw, `repeats` times."""
+    """The figures of each side, from `repeats` runs."""
     more = flags.flags.split()
     steady = streaming_sides.Load(flags.first, flags.offered, flags.seconds, warm_up=30, share=flags.share)
     long_years = (

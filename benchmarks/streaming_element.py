@@ -1,10 +1,9 @@
-"""The flights' windows as a stateful DoFn is usually written: an element a row, a bag of rows a key, plain Python over
-the bag.
+"""The windows of the flights example in the usual stateful DoFn: one element per row, a bag of rows per key.
 
-It does less than the live job: it answers at once from what it has seen, checks no contract, drops no repeats, keeps no
-cut, joins no dimension, and does not put the parts of an answer together.
+It does less than the live job: it computes a spine row at once from the events that have arrived, checks no contract,
+drops no repeats, records no cut, joins no dimension, and does not assemble the parts of a feature row.
 
-    python -m benchmarks.streaming_element --bootstrap H:P --expansion_service H:P --topic NAME [any Beam option]
+python -m benchmarks.streaming_element --bootstrap H:P --expansion_service H:P --topic NAME [any Beam option]
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from apache_beam.transforms.userstate import (
 
 from benchmarks.streaming_rig import DEFINITION
 from schemas.features import Trailing
-from schemas.live import sources_of
+from schemas.live import live_sources
 from schemas.loading import load_definition
-from transforms.streaming.groups import groups_of
+from transforms.streaming.groups import shard_groups
 from transforms.streaming.kafka import Broker, Produce, ReadTopics, begin_offsets, set_group_offsets
 from transforms.streaming.messages import HEARTBEAT, Message
 
-# (group and key as text, (microseconds, the event's columns that are read, or the question's row id))
+# (group and key as text, (microseconds, the columns that are read from an event, or the id of a spine row))
 Row = dict[str, Any]  # an event, by column
 Element = tuple[str, tuple[int, Row | str]]
 KEEP_SECONDS = 60.0
@@ -51,7 +50,7 @@ WHERE: dict[str | None, Callable[[Row], bool]] = {
 
 
 def quantile(values: list[float], share: float) -> float | None:
-    """Linear between the two nearest."""
+    """Linear interpolation between the two nearest."""
     if not values:
         return None
     ordered, position = sorted(values), share * (len(values) - 1)
@@ -68,12 +67,12 @@ STATS: dict[str, Callable[[list[float]], float | None]] = {
 
 
 class Rows(beam.DoFn):
-    """Message → a keyed element per row and group that reads it, and per question and group."""
+    """Message → a keyed element for each event and group that reads it, and for each spine row and group."""
 
     def setup(self) -> None:
         view = load_definition(DEFINITION).view
-        self.spine, self.view, self.groups = view.spine, view, groups_of(view)
-        self.sources = sources_of(view)
+        self.spine, self.view, self.groups = view.spine, view, shard_groups(view)
+        self.sources = live_sources(view)
 
     def process(self, message: Message) -> Iterator[Element]:
         if message.key == HEARTBEAT:
@@ -87,20 +86,20 @@ class Rows(beam.DoFn):
                     read = {name: row[name] for name in self.view.columns_read(source.name)}
                     yield json.dumps([number, *(row[name] for name in group.source_columns)]), (moment, read)
                 if source is self.spine:
-                    asked = f"{message.partition}/{message.offset}/{position}/{number}"
-                    yield json.dumps([number, *(row[name] for name in group.spine_columns)]), (moment, asked)
+                    row_id = f"{message.partition}/{message.offset}/{position}/{number}"
+                    yield json.dumps([number, *(row[name] for name in group.spine_columns)]), (moment, row_id)
 
 
 class Windows(beam.DoFn):
-    """Events of a key into its bag; a question's windows from the bag; now and then the bag less what is out of
-    reach."""
+    """Puts the events of a key into its bag; computes a spine row's windows from the bag; sometimes removes events that
+    are out of reach."""
 
     EVENTS = BagStateSpec("events", FastPrimitivesCoder())
     NEWEST = ReadModifyWriteStateSpec("newest", FastPrimitivesCoder())
     CLEAN = TimerSpec("clean", TimeDomain.REAL_TIME)
 
     def setup(self) -> None:
-        self.groups = groups_of(load_definition(DEFINITION).view)
+        self.groups = shard_groups(load_definition(DEFINITION).view)
 
     def process(
         self,
@@ -120,14 +119,14 @@ class Windows(beam.DoFn):
             return
         group = self.groups[json.loads(key)[0]]
         before = [each for each in events.read() if moment - group.reach <= each[0] < moment]
-        answer: dict[str, object] = {}
+        feature_row: dict[str, object] = {}
         for feature in group.features:
             condition = WHERE.get(feature.name) if feature.where is not None else None
             mine = before if condition is None else [each for each in before if condition(each[1])]
             if not isinstance(feature, Trailing):
                 own = [each for each in mine if feature.length is None or each[0] >= moment - feature.length]
                 last = max(own, key=lambda each: each[0])[1] if own else {}
-                answer |= {name: last.get(column) for column, name in feature.renamed.items()}
+                feature_row |= {name: last.get(column) for column, name in feature.renamed.items()}
                 continue
             for each in feature.statistics:
                 inside = [row for at, row in mine if at >= moment - (each.length or 0)]
@@ -136,8 +135,8 @@ class Windows(beam.DoFn):
                     if each.column == "*"
                     else [row[each.column] for row in inside if row[each.column] is not None]
                 )
-                answer[each.name] = STATS[each.stat](values)
-        yield what, json.dumps(answer).encode()
+                feature_row[each.name] = STATS[each.stat](values)
+        yield what, json.dumps(feature_row).encode()
 
     @on_timer(CLEAN)
     def cleaned(
@@ -156,14 +155,14 @@ class Windows(beam.DoFn):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run until told to stop."""
+    """Runs until a signal stops it."""
     parser = argparse.ArgumentParser()
     for name in ("bootstrap", "expansion_service", "topic"):
         parser.add_argument(f"--{name}", required=True)
     flags, rest = parser.parse_known_args(argv)
     broker, topics = (
         Broker(flags.bootstrap, flags.expansion_service),
-        tuple(sources_of(load_definition(DEFINITION).view)),
+        tuple(live_sources(load_definition(DEFINITION).view)),
     )
     group = f"element-{uuid.uuid4().hex[:8]}"
     set_group_offsets(broker, group, begin_offsets(broker, topics))
@@ -171,8 +170,8 @@ def main(argv: Sequence[str]) -> int:
     pipeline = beam.Pipeline(options=PipelineOptions(["--streaming", *rest]))
     rows = pipeline | "Topics" >> ReadTopics(broker, topics, group) | "Rows" >> beam.ParDo(Rows())
     rows.element_type = typehints.Tuple[str, Any]
-    answers = rows | "Windows" >> beam.ParDo(Windows())
-    _ = answers | "Send" >> Produce(broker, Messages(flags.topic))
+    computed = rows | "Windows" >> beam.ParDo(Windows())
+    _ = computed | "Send" >> Produce(broker, Messages(flags.topic))
     result = pipeline.run()
     print("running: until it is stopped", flush=True)
     result.wait_until_finish()
@@ -180,13 +179,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 class Messages:
-    """An answer's message."""
+    """The message of a feature row."""
 
     def __init__(self, topic: str) -> None:
         self.topic = topic
 
-    def __call__(self, answer: tuple[str, bytes]) -> list[tuple[str, bytes, bytes]]:
-        return [(self.topic, answer[0].encode(), answer[1])]
+    def __call__(self, feature_row: tuple[str, bytes]) -> list[tuple[str, bytes, bytes]]:
+        return [(self.topic, feature_row[0].encode(), feature_row[1])]
 
 
 if __name__ == "__main__":

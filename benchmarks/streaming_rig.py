@@ -1,5 +1,5 @@
-"""What the streaming benchmark runs on: a broker, KafkaIO, Prism and the live jobs of one measurement, watched from
-outside."""
+"""The environment of the streaming benchmark: a broker, KafkaIO, Prism and the live jobs of one measurement, measured
+from outside."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ from deploy.streaming.processes import Child, Service, running
 from transforms.streaming.messages import Message
 
 DEFINITION = "examples.flights.definition"
-# Rows per partition of every topic: uneven, the last one idle.
+# Relative numbers of rows per partition of every topic: uneven, and the last partition is idle.
 SHARE = "6,3,1,0"
 # The broker stamps each record when it appends it: one clock for both ends of every latency.
 STAMPED = {"message.timestamp.type": "LogAppendTime"}
 SAMPLE = 1.0
-# Days from one copy of the year to the next: whole weeks.
+# Days between two copies of the year: whole weeks.
 YEAR_DAYS = 364
 
 
 def write_sources(root: Path, years: int) -> dict[str, int]:
-    """The year of flights so many times, one after another, with new flight ids; rows per source."""
+    """Writes several copies of the year of flights, one after another, with new flight ids; returns the rows per
+    source."""
     from examples.flights import data
 
     rows: dict[str, int] = {}
@@ -53,7 +54,7 @@ def write_sources(root: Path, years: int) -> dict[str, int]:
 
 
 def champion(store: Path) -> str:
-    """A registry with a champion for the year of flights; made in `store` when it is not there."""
+    """A registry with a champion for the year of flights; it is made in `store` if it is missing."""
     from beam_pipelines import features, training
     from examples.flights import data
     from schemas.errors import GateError
@@ -64,7 +65,7 @@ def champion(store: Path) -> str:
     if not (store / "registry").exists() or Registry(uri).champion(name) is None:
         data.write(str(store))
         features.main(["--definition", DEFINITION, "--store", str(store)])
-        with contextlib.suppress(GateError):  # it is registered all the same
+        with contextlib.suppress(GateError):  # it is registered anyway
             training.main(["--definition", DEFINITION, "--store", str(store)])
         if Registry(uri).champion(name) is None:
             version = next(version for model, version in Registry(uri).models() if model == name)
@@ -73,7 +74,7 @@ def champion(store: Path) -> str:
 
 
 class Rig:
-    """One measurement's services and jobs, each in a process of its own.
+    """The services and jobs of one measurement, each in a process of its own.
 
     with Rig(folder, sources) as rig:
         rig.produce(…)
@@ -96,8 +97,8 @@ class Rig:
         services: Sequence[Service] = (self.broker, self.expansion, self.prism)
         self.stack.enter_context(running(*services))
         self.broker.create(*self.names, partitions=self.partitions, config=STAMPED)
-        answers = f"{self.view.name}.features"
-        self.broker.create(answers, f"{self.view.name}.dead_letters", partitions=self.partitions, config=STAMPED)
+        features = f"{self.view.name}.features"
+        self.broker.create(features, f"{self.view.name}.dead_letters", partitions=self.partitions, config=STAMPED)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -108,7 +109,7 @@ class Rig:
         return self.folder / "store"
 
     def live(self, *flags: str, name: str = "live", module: str = "beam_pipelines.features") -> Child:
-        """Start a live job."""
+        """Starts a live job."""
         command = [
             sys.executable,
             "-W",
@@ -134,7 +135,7 @@ class Rig:
         return self.start(name, command)
 
     def produce(self, *flags: str, name: str = "producer") -> Child:
-        """Start the producer."""
+        """Starts the producer."""
         command = [
             sys.executable,
             "-m",
@@ -159,7 +160,7 @@ class Rig:
         return child
 
     def processes(self) -> dict[str, psutil.Process]:
-        """What is running, by name."""
+        """The running processes, by name."""
         children = {each.name: each.child for each in (self.broker, self.expansion, self.prism)} | self.jobs
         found = {}
         for name, child in children.items():
@@ -169,10 +170,10 @@ class Rig:
         return found
 
     def finished(self, name: str, within: float) -> None:
-        """Wait for a job to end well.
+        """Waits for a job to succeed.
 
         Raises:
-            SystemExit: it did not.
+            SystemExit: it failed.
         """
         child, why = self.jobs[name], f"still running after {within:.0f} s"
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -218,7 +219,7 @@ class Rig:
 
 
 class Sample(TypedDict):
-    """At one moment (s since 1970): CPU seconds and memory of each process, children included."""
+    """CPU seconds and memory of each process at one time (s since 1970), including children."""
 
     at: float
     cpu: dict[str, float]
@@ -271,7 +272,7 @@ class Watch(threading.Thread):
 
 
 def distribution(values: npt.NDArray[np.float64]) -> dict[str, float]:
-    """p50, p90, p99 and max, seconds."""
+    """p50, p90, p99 and max, in seconds."""
     if not len(values):
         return {}
     named = {f"p{share}": float(np.quantile(values, share / 100)) for share in (50, 90, 99)}

@@ -1,4 +1,4 @@
-"""The sides of the streaming benchmark; each starts its own rig and returns what it saw."""
+"""The sides of the streaming benchmark; each starts its own rig and returns its figures."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import numpy as np
 import polars as pl
 
 from benchmarks.measure import say
-from benchmarks.streaming_lag import answered, completed
+from benchmarks.streaming_lag import completed, computed
 from benchmarks.streaming_rig import SHARE, STAMPED, Rig, Watch, distribution
 from deploy.streaming.processes import Child
-from transforms.streaming.groups import groups_of
+from transforms.streaming.groups import shard_groups
 from transforms.streaming.kafka import Broker, end_offsets
 
-# Events of the year of flights in a second of its time.
+# Events of the year of flights per second of its own time.
 PER_SECOND = 1_018_758 / (365 * 86_400)
-# Between these shares of the answers a catch-up counts as under way: start-up and the wait for the last heartbeat are
-# apart.
+# A catch-up is measured between these shares of the feature rows: without its start, and without the wait for the last
+# heartbeat.
 UNDER_WAY = (0.05, 0.98)
-# Where the job's own steps and KafkaIO run.
+# The processes in which the job's own steps and KafkaIO run.
 WORKERS = ("live", "expansion")
-# What a side saw: its headline is a number, further figures are whatever JSON holds.
+# The figures of a side: the main one is a number, the others are any JSON values.
 Seen = dict[str, object]
 
 
 def catchup(folder: Path, sources: Path, first: str, last: str, rows: int, flags: list[str]) -> Seen:
-    """A backlog of whole months is there before the job starts; how fast is it worked off?"""
+    """A backlog of whole months exists before the job starts; how fast is it processed?"""
     with Rig(folder, sources) as rig, Watch(rig) as watch:
         rig.produce("--start", first, "--end", last, "--rows", str(rows), "--step", "12h")
         rig.finished("producer", 300)
@@ -40,12 +40,12 @@ def catchup(folder: Path, sources: Path, first: str, last: str, rows: int, flags
         rig.finished("live", 600)
         ended = time.time()
         spine_rows, counts = completed(rig)
-        answers = answered(rig, f"{rig.view.name}.features")
+        found = computed(rig, f"{rig.view.name}.features")
         store_rows = rig.status().get("rows", {})
-    twice = answers.filter(pl.col("times") > 1)
-    if len(answers) != len(spine_rows) or len(twice):
-        raise SystemExit(f"{len(spine_rows)} spine rows, {len(answers)} computed, {len(twice)} of them more than once")
-    stamps = np.sort(answers["answered"].to_numpy())
+    twice = found.filter(pl.col("times") > 1)
+    if len(found) != len(spine_rows) or len(twice):
+        raise SystemExit(f"{len(spine_rows)} spine rows, {len(found)} computed, {len(twice)} of them more than once")
+    stamps = np.sort(found["computed"].to_numpy())
     begin, end = (float(stamps[int(len(stamps) * share)]) for share in UNDER_WAY)
     inside = float(((stamps > begin) & (stamps <= end)).mean())
     return {
@@ -75,7 +75,7 @@ class Load:
         offered: rows per second of all topics.
         seconds: how long it is measured.
         warm_up: seconds before that.
-        share: of the rows, per partition of every topic.
+        share: share of the rows, per partition of every topic.
     """
 
     first: str
@@ -86,10 +86,10 @@ class Load:
 
 
 def lag(folder: Path, sources: Path, load: Load, flags: list[str], registry: str | None = None) -> Seen:
-    """Events at a steady rate, the job already up; how long after its completing record is a question answered?
+    """Events at a steady rate while the job runs; how long after the record that completes it is a spine row computed?
 
-    With a `registry` its champion scores what is answered, on the same machine; how long after its features is a
-    prediction there?
+    With a `registry`, its champion scores the feature rows on the same machine; how long after its features does a
+    prediction arrive?
     """
     first, offered, warm_up, share = load.first, load.offered, load.warm_up, load.share
     seconds = load.seconds
@@ -110,22 +110,22 @@ def lag(folder: Path, sources: Path, load: Load, flags: list[str], registry: str
         sent = time.time()
         rig.finished("live", 120)
         spine_rows, counts = completed(rig)
-        answers = answered(rig, f"{rig.view.name}.features")
+        found = computed(rig, f"{rig.view.name}.features")
         scored = None
         if registry is not None:
             rig.finished("inference", 120)
-            scored = answered(rig, predictions)
-    both = spine_rows.join(answers, on="row_id")
+            scored = computed(rig, predictions)
+    both = spine_rows.join(found, on="row_id")
     if len(both) != len(spine_rows):
-        raise SystemExit(f"{len(spine_rows)} questions, {len(both)} answered")
-    both = both.with_columns((pl.col("answered") - pl.col("complete")).alias("lag"))
+        raise SystemExit(f"{len(spine_rows)} spine rows, {len(both)} computed")
+    both = both.with_columns((pl.col("computed") - pl.col("complete")).alias("lag"))
     steady = both.filter((pl.col("complete") > began + warm_up) & (pl.col("complete") < sent - 1))
     further: Seen = {}
     if scored is not None:
-        if len(scored) != len(answers):
-            raise SystemExit(f"{len(answers)} answered, {len(scored)} predicted")
-        after = steady.join(scored.select("row_id", pl.col("answered").alias("scored")), on="row_id")
-        waits = (after["scored"] - after["answered"]).to_numpy()
+        if len(scored) != len(found):
+            raise SystemExit(f"{len(found)} computed, {len(scored)} predicted")
+        after = steady.join(scored.select("row_id", pl.col("computed").alias("scored")), on="row_id")
+        waits = (after["scored"] - after["computed"]).to_numpy()
         further = {"predictions_lag_p99_s": distribution(waits).get("p99"), "predictions_lag": distribution(waits)}
     return further | {
         "features_lag_p99_s": distribution(steady["lag"].to_numpy()).get("p99"),
@@ -140,7 +140,7 @@ def lag(folder: Path, sources: Path, load: Load, flags: list[str], registry: str
         "cores": watch.cores(began + warm_up, sent),
         "rss_mb": watch.samples[-1]["rss_mb"],
         "until_made": distribution((steady["made"] - steady["complete"]).to_numpy()),
-        "made_to_append": distribution((steady["answered"] - steady["made"]).to_numpy()),
+        "made_to_append": distribution((steady["computed"] - steady["made"]).to_numpy()),
         "p99_by_5s": _by_time(steady, began),
     }
 
@@ -155,8 +155,8 @@ def _by_time(lags: pl.DataFrame, began: float) -> dict[str, float]:
 
 
 def soak(folder: Path, sources: Path, first: str, offered: float, minutes: float, flags: list[str]) -> Seen:
-    """Events at a steady rate for long; by how much does the memory of the job's workers grow after a third of the
-    time?"""
+    """Events at a steady rate for a long time; by how much does the memory of the job's workers grow after a third of
+    the time?"""
     speed = offered / PER_SECOND
     last = str(np.datetime64(first) + np.timedelta64(int(np.ceil(minutes * 60 * speed / 86_400)), "D"))
     states: list[Seen] = []
@@ -191,10 +191,10 @@ def soak(folder: Path, sources: Path, first: str, offered: float, minutes: float
 
 
 def per_element(folder: Path, sources: Path, first: str, days: int, rows: int) -> Seen:
-    """A backlog of some days through a DoFn that takes an element a row; how fast is it worked off?"""
+    """A backlog of some days through a DoFn with one element per row; how fast is it processed?"""
     last = str(np.datetime64(first) + np.timedelta64(days, "D"))
     with Rig(folder, sources) as rig, Watch(rig) as watch:
-        topic, parts = "elements", len(groups_of(rig.view))
+        topic, parts = "elements", len(shard_groups(rig.view))
         rig.broker.create(topic, partitions=rig.partitions, config=STAMPED)
         rig.produce("--start", first, "--end", last, "--rows", str(rows), "--step", "12h")
         rig.finished("producer", 300)
@@ -206,7 +206,7 @@ def per_element(folder: Path, sources: Path, first: str, days: int, rows: int) -
         running = _launched(child)
         while (found := sum(end_offsets(broker, [topic])[topic].values())) < wanted:
             if not child.running or time.time() - launched > 300:
-                raise SystemExit(f"{found} of {wanted} answers per element; it said:\n{child.output()[-3000:]}")
+                raise SystemExit(f"{found} of {wanted} feature rows per element; its output:\n{child.output()[-3000:]}")
             time.sleep(0.5)
         stamps = np.sort([record.timestamp / 1e6 for record in rig.records(topic)])
     begin, end = (float(stamps[int(len(stamps) * share)]) for share in UNDER_WAY)
@@ -225,24 +225,24 @@ def per_element(folder: Path, sources: Path, first: str, days: int, rows: int) -
 
 
 def _launched(child: Child) -> float:
-    """The moment at which a job says that it has been launched, or ends."""
+    """The time at which a job reports that it has been launched, or ends."""
     while "running: " not in child.output() and child.running:
         time.sleep(0.1)
     return time.time()
 
 
 def _growth(values: Sequence[float]) -> float:
-    """The median of the last fifth over that of the first, less one."""
+    """The median of the last fifth divided by that of the first, minus one."""
     fifth = max(len(values) // 5, 1)
     return round(float(np.median(values[-fifth:]) / np.median(values[:fifth])) - 1, 4)
 
 
 def _await_running(rig: Rig, name: str) -> None:
-    """Until the job has been launched; it says so."""
+    """Waits until the job reports that it has been launched."""
     child, deadline = rig.jobs[name], time.monotonic() + 120
     while "running: " not in child.output():
         if not child.running or time.monotonic() > deadline:
             raise SystemExit(f"the live job {name} does not start:\n{child.output()[-3000:]}")
         time.sleep(0.2)
-    time.sleep(5)  # readers are placed, the workers' JVM is warm
+    time.sleep(5)  # readers are assigned, and the workers' JVM is warm
     say(f"the live job {name} is up")

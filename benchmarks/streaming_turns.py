@@ -26,7 +26,7 @@ START, DAYS, BEFORE = datetime(2013, 3, 1, tzinfo=UTC), 4, 28
 MINUTES = 3
 
 
-class Cell:
+class MemoryState:
     """Beam's state of a key, in memory."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Cell:
 class Cost(TypedDict):
     """Milliseconds of CPU (all threads, mean) and of wall time (median) per turn.
 
-    Those of the turns that compute features, those of the others, and to decode the messages of one before it.
+    There are those of turns that compute features, those of other turns, and those to decode the messages of a turn.
     """
 
     turns: int
@@ -67,10 +67,11 @@ def microseconds(moment: datetime) -> int:
 
 
 def envelopes(sources: Path, days: int) -> Iterator[tuple[bytes, int, float, float]]:
-    """Envelopes of a replay, the month before `START` as one; rows of each, and CPU and wall seconds to decode it."""
+    """The envelopes of a replay, with the month before `START` as one; the rows of each, and CPU and wall seconds to
+    decode it."""
     from schemas.loading import load_definition
     from transforms.records.frame_packets import head_of
-    from transforms.streaming.live_features import contracts_of, decoded
+    from transforms.streaming.live_features import contracts_of, decode_messages
     from transforms.streaming.messages import heartbeat
     from transforms.streaming.replay import Replay, chunks
 
@@ -96,7 +97,7 @@ def envelopes(sources: Path, days: int) -> Iterator[tuple[bytes, int, float, flo
             ]
             sent = [numbered(each, offsets) for each in [*some, *(beats if some is messages else ())]]
             cpu, wall = time.process_time(), time.perf_counter()
-            envelope = decoded(contracts, sent, index=index)
+            envelope = decode_messages(contracts, sent, index=index)
             spent = time.process_time() - cpu, time.perf_counter() - wall
             yield envelope, sum(each[-1] for each in head_of(envelope)["parts"]), *spent
             index += 1
@@ -104,14 +105,14 @@ def envelopes(sources: Path, days: int) -> Iterator[tuple[bytes, int, float, flo
 
 
 def numbered(message: Message, offsets: dict[tuple[str, int], int]) -> Message:
-    """The message with the next offset of its partition."""
-    place = message.topic, message.partition
-    offsets[place] = offsets.get(place, -1) + 1
-    return message._replace(offset=offsets[place])
+    """The message, with the next offset of its partition."""
+    partition = message.topic, message.partition
+    offsets[partition] = offsets.get(partition, -1) + 1
+    return message._replace(offset=offsets[partition])
 
 
 def turn(out: Path, sources: Path, days: int = 1) -> Cost:
-    """What each turn of `days` days costs."""
+    """The cost of each turn of `days` days."""
     from schemas.loading import load_definition
     from transforms.streaming.journal_dofn import JournalDoFn
     from transforms.streaming.live_settings import LiveSettings
@@ -120,7 +121,7 @@ def turn(out: Path, sources: Path, days: int = 1) -> Cost:
 
     step = JournalDoFn(load_definition(DEFINITION).view, LiveSettings(str(out), "turns", str(sources), shards=1))
     step.setup()
-    head, bag, *slots = (Cell() for _ in range(2 + SLOTS))
+    head, bag, *slots = (MemoryState() for _ in range(2 + SLOTS))
     decoding: list[tuple[float, float]] = []
     computing: list[tuple[float, float]] = []
     quiet: list[tuple[float, float]] = []
@@ -129,7 +130,7 @@ def turn(out: Path, sources: Path, days: int = 1) -> Cost:
         cpu, wall = time.process_time(), time.perf_counter()
         outputs = list(step.process((SINGLE_KEY, envelope), head, bag, *slots))
         seconds = time.process_time() - cpu, time.perf_counter() - wall
-        if number < 20:  # the month before, and what is prepared once
+        if number < 20:  # the month before, and one-time preparations
             continue
         total += rows
         decoding.append((decode[0], decode[1]))

@@ -79,7 +79,7 @@ def _memory(flags: argparse.Namespace, folder: Path, store: str) -> dict[str, ob
     side = Side(
         "big", f"{SIDES}:train_ours", {"store": store, "shards": _shards(folder, flags.big), "rounds": flags.big_rounds}
     )
-    # The warm-up of the others tells what there is to import.
+    # The warm-up of the others finds out what to import.
     small = Side("small", f"{SIDES}:train_ours", {"store": store, "shards": _shards(folder, 500_000), "rounds": 2})
     _, modules = run(small, folder / "small", ())
     measured, _ = run(side, folder / "big", modules)

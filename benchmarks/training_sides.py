@@ -30,11 +30,11 @@ import polars as pl
 from schemas import Derived, FeatureView, Gates, Label, Model, Source, TimeSplit, encoders
 
 numbers = [f"x{{i:02}}" for i in range({NUMBERS})]
-asked = Source("asked", time="t", columns={{
+spine = Source("spine", time="t", columns={{
     "id": pl.Int64, **dict.fromkeys(numbers, pl.Float32), "city": pl.String, "kind": pl.String
 }})
 outcomes = Source("outcomes", time="at", columns={{"id": pl.Int64, "y": pl.Int8}}, order="id")
-view = FeatureView("made_up", asked, key="id", features=[
+view = FeatureView("made_up", spine, key="id", features=[
     Derived(**{{name: pl.col(name) for name in (*numbers, "city", "kind")}})
 ])
 model = Model(
@@ -47,7 +47,7 @@ model = Model(
 
 
 def values(rows: int, seed: int) -> dict[str, pl.Series]:
-    """Columns and label of some rows; a number in ten is missing from every other column."""
+    """Columns and label of some rows; every other column lacks one number in ten."""
     random = np.random.default_rng(seed)
     columns: dict[str, pl.Series] = {}
     for i in range(NUMBERS):
@@ -69,11 +69,11 @@ def write_store(folder: Path, rows: int) -> None:
     frame = pl.DataFrame({"id": np.arange(rows), **values(rows, 1)}).with_columns(
         t=pl.lit(start).dt.cast_time_unit("us") + pl.int_range(pl.len()) * timedelta(microseconds=step)
     )
-    for name in ("asked", "outcomes"):
+    for name in ("spine", "outcomes"):
         (folder / "sources" / name).mkdir(parents=True)
     (folder / "definition.py").write_text(DEFINITION)
-    asked = frame.drop("y").with_columns(pl.col("t").cast(pl.Datetime("us", "UTC")))
-    asked.write_parquet(folder / "sources/asked/part.parquet", row_group_size=100_000)
+    spine = frame.drop("y").with_columns(pl.col("t").cast(pl.Datetime("us", "UTC")))
+    spine.write_parquet(folder / "sources/spine/part.parquet", row_group_size=100_000)
     frame.select("id", "y", at=(pl.col("t") + timedelta(minutes=5)).cast(pl.Datetime("us", "UTC"))).write_parquet(
         folder / "sources/outcomes/part.parquet", row_group_size=100_000
     )
@@ -230,7 +230,7 @@ def _metrics(test: pl.DataFrame, scores: npt.NDArray[np.float32]) -> dict[str, d
 
 
 def _lists(part: pl.DataFrame) -> pa.RecordBatch:
-    """As the encoder of tf.Example wants it: lists of one value or null."""
+    """The form that the encoder of tf.Example needs: lists of one value, or null."""
     arrays = []
     for column in (
         part.with_columns(pl.col(pl.Datetime, pl.Date).to_physical().cast(pl.Int64)).to_arrow().combine_chunks().columns
@@ -245,7 +245,7 @@ def _lists(part: pl.DataFrame) -> pa.RecordBatch:
 
 
 def write_shards(folder: Path, rows: int, shard: int = 250_000) -> None:
-    """Example files as training leaves them, a fifth of them to validate by."""
+    """Example files in the form that training writes, a fifth of them for validation."""
     folder.mkdir(parents=True)
     for i in range(rows // shard):
         columns = values(shard, i)
@@ -311,13 +311,13 @@ def train_native(store: str, shards: str, out: str, rounds: int = ROUNDS) -> Fig
 
     with stage("train"):
         learn = xgboost.QuantileDMatrix(*read("train"))
-        judge = xgboost.QuantileDMatrix(*read("validate"), ref=learn)
+        validate = xgboost.QuantileDMatrix(*read("validate"), ref=learn)
         history: dict[str, dict[str, list[float]]] = {}
         booster = xgboost.train(
             {**PARAMS, "objective": "binary:logistic", "eval_metric": "auc", "seed": 0},
             learn,
             rounds,
-            evals=[(judge, "v")],
+            evals=[(validate, "v")],
             evals_result=history,
             verbose_eval=False,
         )

@@ -1,7 +1,8 @@
 """Draws the picture of `docs/architecture.md` from the imports of the code: `python docs/draw_architecture.py`.
 
-It reads every module by AST, imports inside functions included, and replaces what stands between the two markers of the
-page: a Mermaid graph of the packages, and a table of all their imports.  `tests/docs/test_architecture.py` compares.
+It reads every module by AST, imports inside functions included, and replaces the text between the two markers of the
+    page: a Mermaid graph of the packages, and a table of all their imports.  `tests/docs/test_architecture.py` compares
+    the page with the imports.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- drawn by docs/draw_architecture.py: begin -->", "<!-- end -->"
 FOLDERS = ("schemas", "transforms", "beam_pipelines")
-# A pipeline and its live form are one box.
+# A pipeline and its live form share one box.
 TOGETHER = {
     "beam_pipelines.features_streaming": "beam_pipelines.features",
     "beam_pipelines.inference_streaming": "beam_pipelines.inference",
@@ -27,7 +28,7 @@ Graph = Mapping[str, frozenset[str]]
 
 
 def box(module: str) -> str:
-    """The box that a module is drawn in; "" where it is in none."""
+    """The box in which a module is drawn; "" if it is in none."""
     parts = module.split(".")
     if parts[0] not in FOLDERS:
         return ""
@@ -43,7 +44,7 @@ def modules_of(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def imports_of(tree: ast.AST, package: str) -> Iterator[str]:
-    """Every name that a module imports, absolute; `package` is the one that its relative imports start from."""
+    """Every name that a module imports, absolute; `package` is the package from which its relative imports start."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -52,7 +53,7 @@ def imports_of(tree: ast.AST, package: str) -> Iterator[str]:
             above = ".".join([*base, *([node.module] if node.module else [])])
             yield from (f"{above}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and MODULE_NAME.fullmatch(node.value):
-            yield node.value.partition(":")[0]  # for import_module, as in the table of commands
+            yield node.value.partition(":")[0]  # for import_module, such as in the table of commands
 
 
 def read_graph(root: Path = ROOT) -> Graph:
@@ -68,7 +69,7 @@ def read_graph(root: Path = ROOT) -> Graph:
 
 
 def reaches(graph: Mapping[str, set[str]], start: str, end: str) -> bool:
-    """Whether a way leads from one box to another."""
+    """Whether a path leads from one box to another."""
     seen, waiting = set[str](), [start]
     while waiting:
         for name in graph[waiting.pop()] - seen:

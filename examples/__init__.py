@@ -1,1 +1,1 @@
-"""Use cases: one folder each, with the one file a user writes and what gets its data."""
+"""Use cases: one folder each, with the file that a user writes and the script that fetches its data."""

@@ -2,8 +2,8 @@
 
 Polars computes in the types of the columns, where Int32 · Int32 and UInt32 − 10 wrap.  Here every sum, difference,
 product, quotient and power of integers is that of the integers themselves, null where int64 cannot hold it; and those
-of floats are computed in float64.  Only what can differ from Polars is written anew, decided from types and bounds: 60
-times an hour cannot leave Int32.
+of floats are computed in float64.  Only parts that can differ from Polars are rewritten, as types and bounds decide: 60
+times an hour stays within Int32.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Bounds = tuple[int, int]
 Tree = dict[str, Any]
 
 INT64: Bounds = (-(2**63), 2**63 - 1)
-# Int64 columns are taken to lie within these when it is decided whether a feature's meaning has changed: a sum of four
-# fits.
+# Int64 columns are assumed to be within these bounds when it is decided whether a feature's meaning has changed: a sum
+# of four such values fits.
 USUAL: Bounds = (-(2**61), 2**61 - 1)
-# Rows and different values of a window.
+# The most rows and distinct values of a window.
 COUNTED: Bounds = (0, 2**48)
 _HUGE = 2**200
 _WIDTHS = {pl.Int8: 8, pl.Int16: 16, pl.Int32: 32, pl.Int64: 64, pl.Int128: 128}
@@ -43,12 +43,12 @@ _ARITHMETIC = (
     "TruncDivide",
     "Modulus",
 )
-# What float64 computes and one rounding to float32 ends as float32 itself would have it.
+# Operations for which float64 and one rounding to float32 give the result that float32 itself gives.
 _ROUNDED_ONCE = ("Plus", "Minus", "Multiply", "TrueDivide")
 _TRANSCENDENT = ("Log", "Log1p", "Exp", "Trigonometry", "Atan2", "Hypot", "Erf", "Erfc")
-# Hand one of their inputs on as it is.
+# Functions that return one of their inputs unchanged.
 _HANDING_ON = ("FillNull", "FillNan", "Coalesce")
-# Do not see how a float is rounded.
+# Functions whose result does not depend on how a float is rounded.
 _BLIND = ("IsNan", "IsNotNan", "IsNull", "IsNotNull")
 _RANGES: dict[str, Bounds] = {
     "Year": (-300_000, 300_000),
@@ -73,8 +73,8 @@ _RANGES: dict[str, Bounds] = {
     "Hash": (0, 2**64 - 1),
 }
 
-# How a value compares with the one that Polars computes in the columns' types: equal; equal once it is rounded to
-# float32; or perhaps another one.
+# How a value compares with the one that Polars computes in the columns' types: equal; equal after rounding to float32;
+# or perhaps different.
 EQUAL, ROUNDED, DIFFERS = 0, 1, 2
 
 
@@ -83,10 +83,10 @@ class Arithmetic:
     """An expression as it is computed.
 
     Args:
-        expr: the same in 64 bits; the expression itself where that cannot differ.
-        changed: whether values differ from those of the expression itself, Int64 columns taken as `USUAL`.
-        overflow: true where int64 cannot hold a number on the way; None if it always can.
-        bounds: of the values, where they are integers.
+        expr: the expression in 64 bits; the original expression if they cannot differ.
+        changed: whether values may differ from those of the original expression, if Int64 columns are within `USUAL`.
+        overflow: true in rows in which int64 cannot hold an intermediate number; None if it always can.
+        bounds: bounds of the values, if they are integers.
     """
 
     expr: pl.Expr
@@ -101,8 +101,8 @@ def in_64_bits(
     """`expr` over `columns`, computed in int64 and float64.
 
     Args:
-        bounds: of integer columns that hold less than their types could.
-        rounded: whether the result is kept as float32, so that only differences in float32 count as changes.
+        bounds: bounds of integer columns that are narrower than their types.
+        rounded: whether the result is stored as float32, so that only differences in float32 count as changes.
     """
     return _in_64_bits(canonical(expr), tuple(columns.items()), tuple((bounds or {}).items()), rounded)
 
@@ -128,7 +128,7 @@ def _in_64_bits(
         if pl.DataFrame(schema=dict(columns)).select(made.alias("_"))["_"].dtype == pl.UInt64 and "Hash" in json.dumps(
             node
         ):
-            # Kept as the integer of the same 64 bits: as a number half of all hashes would be null.
+            # Stored as the signed integer with the same 64 bits: as a number, half of all hashes would be null.
             made, changed = made.reinterpret(signed=True), True
         else:
             beyond = made.is_not_null() & made.cast(pl.Int64, strict=False).is_null()
@@ -138,7 +138,7 @@ def _in_64_bits(
 
 
 def bounds_of(dtype: pl.DataType, int64: Bounds = INT64) -> Bounds | None:
-    """What a column of this type can hold, if these are integers or booleans."""
+    """The bounds of a column of this type, if it is an integer or boolean type."""
     if dtype == pl.Boolean:
         return (0, 1)
     if dtype == pl.Int64:
@@ -155,13 +155,13 @@ class _Value:
     """A part of an expression.
 
     Args:
-        node: as it was written.
-        dtype: that it has in Polars.
-        bounds: of its values, if they are integers or booleans.
+        node: the part as it was written.
+        dtype: its type in Polars.
+        bounds: bounds of its values, if they are integers or booleans.
         status: `EQUAL`, `ROUNDED` or `DIFFERS`.
-        wide: the part in 64 bits; `node` itself unless something in it is computed.
-        guards: numbers of 128 bits on the way that int64 may not hold.
-        found: type of `wide`, where it holds others: a list of wider numbers.
+        wide: the part in 64 bits; `node` itself if nothing in it is computed.
+        guards: intermediate numbers of 128 bits that int64 may not hold.
+        found: type of `wide` if it differs from `dtype`, such as a list of wider numbers.
     """
 
     node: Tree
@@ -213,7 +213,7 @@ class _Visit:
         return self._integers(node, dtype, parts, _bounds(op, left, right))
 
     def _integers(self, node: Tree, dtype: pl.DataType, parts: Sequence[_Value], bounds: Bounds) -> _Value:
-        """An operation on integers, in 128 bits where 64 may not do."""
+        """An operation on integers, in 128 bits if 64 may not be enough."""
         own = bounds_of(dtype)
         assert own is not None
         equal = all(part.status == EQUAL and _within(part.bounds, own) for part in parts) and _within(bounds, own)
@@ -228,7 +228,7 @@ class _Visit:
         """An operation on numbers whose result is a float.
 
         Args:
-            once: whether in float64 and then rounded it is what float32 gives, if the numbers are those of float32.
+            once: whether float64 and then one rounding give the result of float32, for float32 numbers.
         """
         equal = all(part.status == EQUAL for part in parts)
         status = EQUAL if equal else DIFFERS
@@ -238,21 +238,21 @@ class _Visit:
         return _Value(node, dtype, None, status, _with(node, [_cast(part.wide, "Float64") for part in parts]), guards)
 
     def _quotient(self, node: Tree, dtype: pl.DataType, op: str, parts: Sequence[_Value]) -> _Value:
-        """A quotient by a constant, its floor, or what remains.
+        """A quotient by a constant, its floor, or its remainder.
 
-        Polars multiplies by the constant's inverse, which rounds twice, unless there is but one row: then it divides.
-        So the same row had other bits alone than in company.  Divided by a column it is a quotient always.
+        Polars multiplies by the constant's inverse, which rounds twice, unless there is only one row: then it divides.
+        So a row would have other bits alone than among others.  A division by a column is always a quotient.
         """
         over, under = (node_expression(_cast(part.wide, "Float64")) for part in parts)
         column = serialised(over.is_not_null().cast(pl.Float64) * under)
         made = self._floats(node, dtype, parts, op in _ROUNDED_ONCE)
-        # A quotient that is rounded twice is mostly the same float32; its floor is another number.
+        # A quotient that is rounded twice is usually the same float32; its floor may be another number.
         differs = ROUNDED if dtype == pl.Float64 and op == "TrueDivide" else DIFFERS
         status = made.status if _power_of_two(parts[1]) else max(made.status, differs)
         return dataclasses.replace(made, status=status, wide=_with(node, [_cast(parts[0].wide, "Float64"), column]))
 
     def _function(self, node: Tree, dtype: pl.DataType, path: Sequence[str], parts: Sequence[_Value]) -> _Value | None:
-        """A function that computes; None for any other."""
+        """A function that does arithmetic; None for any other function."""
         name, numbers = path[0], all(map(_counts, parts))
         if not numbers:
             return self._list_sum(node, dtype, path, parts)
@@ -291,7 +291,7 @@ class _Visit:
             bounds = (0 if low >= 0 else -top, top)
         if _within(bounds, INT64):
             return self._integers(node, dtype, parts, bounds)
-        # 128 bits wrap too: what a float64 finds beyond 2**100 is beyond int64, whatever they make of it.
+        # 128 bits wrap too: a result that is beyond 2**100 as a float64 is beyond int64, whatever the 128 bits are.
         about = _with(node, [_cast(base.wide, "Float64"), _cast(exponent.wide, "Float64")])
         exact = _with(node, [_cast(base.wide, "Int128"), _cast(exponent.wide, "Int64")])
         chosen = (
@@ -313,7 +313,7 @@ class _Visit:
             )
         if limits is None or inner == pl.Boolean:
             return None
-        small = _within(limits, (-(2**32), 2**32))  # of fewer than 2**31 of them int64 holds the sum
+        small = _within(limits, (-(2**32), 2**32))  # int64 can hold the sum of fewer than 2**31 of them
         made = _with(node, [_cast(parts[0].wide, {"List": "Int64" if small else "Int128"})])
         narrow = dtype in (pl.Int32, pl.UInt32, pl.UInt64)
         equal = parts[0].status == EQUAL and not narrow and (small or self.int64 != INT64)
@@ -323,7 +323,7 @@ class _Visit:
         )
 
     def _other(self, node: Tree, dtype: pl.DataType, kind: str, parts: Sequence[_Value]) -> _Value:
-        """Anything that computes nothing itself: as it was, unless a part of it differs."""
+        """Any part that does no arithmetic itself: unchanged, unless a part of it differs."""
         path = function_names(node[kind]["function"]) if kind == "Function" else [kind]
         name = path[0]
         hands_on = name in ("Alias", "Ternary", *_HANDING_ON)
@@ -345,7 +345,7 @@ class _Visit:
             found = self.dtype(made)
         except pl.exceptions.PolarsError:
             found = None
-        if found is None or _kind(found) != _kind(dtype):  # it takes no wider type
+        if found is None or _kind(found) != _kind(dtype):  # it does not accept a wider type
             made, found = _with(node, narrow), dtype
         return _Value(node, dtype, self._limits(node, found, kind, parts), status, made, guards, found)
 
@@ -367,7 +367,9 @@ class _Visit:
         path = function_names(node[kind]["function"])
         if path[0] in ("FillNull", "Coalesce", "MaxHorizontal", "MinHorizontal"):
             return _union(every, own)
-        for name in (path[-1], path[0]) if path[0] != "StructExpr" else ():  # whose fields have names of their own
+        for name in (
+            (path[-1], path[0]) if path[0] != "StructExpr" else ()
+        ):  # the fields of a struct have their own names
             if name in _RANGES:
                 return _meet((-_HUGE, _HUGE), _RANGES[name])
         return own
@@ -383,7 +385,7 @@ def _bounds(op: str, left: Bounds, right: Bounds) -> Bounds:
         corners = (a * c, a * d, b * c, b * d)
         return min(corners), max(corners)
     most = max(abs(c), abs(d))
-    if op == "Modulus":  # of the divisor's sign, or of the number's where it is truncated
+    if op == "Modulus":  # it has the divisor's sign, or the number's if the quotient is truncated
         return (0 if c >= 0 and a >= 0 else -most, most)
     far = max(abs(a), abs(b))
     return (0 if a >= 0 and c >= 0 else -far, far)
@@ -422,7 +424,7 @@ def _literal(body: Any) -> Bounds | None:
 
 
 def _of_float32(part: _Value) -> bool:
-    """Whether float32 holds its values exactly."""
+    """Whether float32 can hold the values exactly."""
     if part.bounds is not None:
         return _within(part.bounds, (-(2**24), 2**24))
     if "Literal" in part.node:
@@ -435,7 +437,7 @@ def _of_float32(part: _Value) -> bool:
 
 
 def _power_of_two(part: _Value) -> bool:
-    """Whether it is a constant whose inverse is exact."""
+    """Whether the part is a constant whose inverse is exact."""
     if "Literal" not in part.node or not isinstance(part.node["Literal"], dict):
         return False
     number = part.node["Literal"].get("Dyn", {})
@@ -452,7 +454,7 @@ def _counts(part: _Value) -> bool:
 
 
 def _kind(dtype: pl.DataType) -> str:
-    """What a type is apart from its width."""
+    """The kind of a type, apart from its width."""
     if isinstance(dtype, pl.List):
         return f"list of {_kind(dtype.inner)}"  # type: ignore[arg-type]
     if isinstance(dtype, pl.Struct):
@@ -465,12 +467,12 @@ def _cast(node: Tree, dtype: Any) -> Tree:
 
 
 def _type_of(node: Tree, dtype: pl.DataType) -> Any:
-    """The type of a part as a serialised expression names it."""
+    """The type that a serialised expression names."""
     return serialised(node_expression(node).cast(dtype))["Cast"]["dtype"]["Literal"]
 
 
 def _with(node: Tree, parts: Sequence[Tree]) -> Tree:
-    """`node` with other children, in their order."""
+    """`node` with its children replaced, in their order."""
     ((kind, body),) = node.items()
     left = iter(parts)
     if kind == "Function":

@@ -27,7 +27,7 @@ def microseconds(text: str, what: str = "a duration", zero: bool = False) -> int
     600000000
 
     Raises:
-        DefinitionError: not `<whole number><unit>`, zero (unless `zero`), or over a century.
+        DefinitionError: the text is not `<whole number><unit>`, is zero (unless `zero`), or is over a century.
     """
     match = re.fullmatch(r"(\d+)(us|ms|s|m|h|d|w)", text) if isinstance(text, str) else None
     if match is None:
@@ -47,7 +47,7 @@ def microseconds(text: str, what: str = "a duration", zero: bool = False) -> int
 
 
 def instant(text: str | date | datetime, what: str = "a moment") -> datetime:
-    """A date (its UTC midnight) or an ISO moment with a zone, as a UTC datetime."""
+    """A date (its UTC midnight) or an ISO time with a zone, as a UTC datetime."""
     try:
         value = datetime.fromisoformat(text) if isinstance(text, str) else text
     except ValueError:

@@ -1,4 +1,4 @@
-"""Encoders a model declares for its inputs.  They are fitted on the training split and saved with the model; see
+"""Encoders that a model declares for its inputs.  They are fitted on the training split and saved with the model; see
 `transforms/models/encoders.py`.
 """
 
@@ -16,8 +16,8 @@ def _require(condition: bool, rule: str, value: object, fix: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Ordinal:
-    """Category to its rank by falling count (ties by name), 0 upwards; unseen categories share the last code, null
-    stays missing.
+    """Each category becomes its rank by descending count (ties by name), from 0; unseen categories share the last code,
+    and null stays missing.
     """
 
     max_size: int = 10_000
@@ -37,12 +37,12 @@ class OneHot(Ordinal):
 
 @dataclasses.dataclass(frozen=True)
 class Native(Ordinal):
-    """As `Ordinal`, handed to XGBoost as a category rather than a number."""
+    """As `Ordinal`, but XGBoost gets a category instead of a number."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hashing:
-    """Category to one of `buckets` by a fixed hash; nothing is fitted."""
+    """Each category becomes one of `buckets` by a fixed hash; nothing is fitted."""
 
     buckets: int = 1024
 
@@ -67,7 +67,7 @@ class Robust:
 
 @dataclasses.dataclass(frozen=True)
 class Bucketize:
-    """Number of the quantile bucket, `buckets` of them cut on the training split."""
+    """The number of the value's quantile bucket; `buckets` of them are fitted on the training split."""
 
     buckets: int = 10
 
@@ -82,7 +82,7 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Impute:
-    """Nulls replaced by the training split's `mean` or `median`, or by a number."""
+    """Nulls are replaced by the training split's `mean` or `median`, or by a number."""
 
     value: str | float = "median"
 
@@ -97,7 +97,7 @@ class Impute:
 class Target:
     """Smoothed mean of the label per category: (sum + smoothing · prior) / (count + smoothing) (Micci-Barreca 2001).
 
-    A training row is encoded from labels known before its own time only.
+    A training row is encoded only from labels that were known before its own time.
     """
 
     smoothing: float = 20.0

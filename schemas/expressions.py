@@ -1,4 +1,4 @@
-"""Row-local Polars expressions: what they read, whether they look at other rows, how they are written down."""
+"""Row-local Polars expressions: which columns they read, whether they depend on other rows, and how they are stored."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import polars as pl
 
 from schemas.errors import DefinitionError, nearest
 
-# Nodes of a serialised Polars expression whose value at a row depends on that row alone.  `is_row_separable` knows the
-# functions; it is not to be trusted for a tree (it lets `x - x.mean()` pass), so each function is checked by itself.
+# Nodes of a serialised Polars expression whose value at a row depends only on that row.  `is_row_separable` is right
+# about functions, but not about trees (it accepts `x - x.mean()`), so each function is checked alone.
 _PLAIN = {"BinaryExpr", "Cast", "Ternary", "Alias"}
 _FUNCTIONS = {
     **dict.fromkeys(
@@ -35,7 +35,7 @@ _REASONS = {
     "Gather": "reads another row",
     "Len": "counts the rows of a batch",
 }
-# A part of an expression as Polars serialises it to JSON; its form is documented nowhere.
+# A part of an expression as Polars serialises it to JSON, in an undocumented form.
 Node = Any
 
 
@@ -45,7 +45,7 @@ def canonical(expr: pl.Expr) -> str:
 
 
 def passes(expr: pl.Expr, name: str) -> bool:
-    """Whether `expr` is the column `name` itself, perhaps cast."""
+    """Whether `expr` is the column `name` itself, possibly cast."""
     node = serialised(expr)
     if "Cast" in node:
         node = node["Cast"]["expr"]
@@ -58,10 +58,10 @@ def columns_of(expr: pl.Expr) -> list[str]:
 
 
 def require_row_local(expr: pl.Expr, what: str) -> None:
-    """Refuse an expression whose value at one row depends on any other row.
+    """Refuses an expression whose value at one row depends on any other row.
 
     Raises:
-        DefinitionError: names the part at fault and why.
+        DefinitionError: names the part at fault, and the reason.
     """
     if not isinstance(expr, pl.Expr):
         raise DefinitionError(f"{what} is a Polars expression", repr(expr), 'Write it with pl.col("…") or pl.lit(…)')
@@ -82,16 +82,16 @@ def require_row_local(expr: pl.Expr, what: str) -> None:
 
 
 def dtype_of(expr: pl.Expr, columns: Mapping[str, pl.DataType], what: str) -> pl.DataType:
-    """Type of `expr` over `columns`.
+    """The type of `expr` over `columns`.
 
     Raises:
-        DefinitionError: an unknown column, or types that do not fit.
+        DefinitionError: a column is unknown, or types do not fit.
     """
     for name in columns_of(expr):
         if name not in columns:
             raise DefinitionError(f"{what} reads columns that exist", repr(name), nearest(name, columns))
     try:
-        # Run on no rows, because a lazy schema gives an hour even to text.
+        # The expression is evaluated over no rows, because a lazy schema has a type even for the hour of a text.
         return pl.DataFrame(schema=dict(columns)).select(expr.alias("_"))["_"].dtype
     except pl.exceptions.PolarsError as error:
         raise DefinitionError(
@@ -105,7 +105,7 @@ def serialised(expr: pl.Expr) -> Node:
 
 
 def _offences(node: Node) -> Iterator[tuple[str, str]]:
-    """Each part of a serialised expression that looks beyond its row, innermost first."""
+    """Each part of a serialised expression that depends on other rows, innermost first."""
     if isinstance(node, str):
         yield node, _REASONS.get(node, "is not known to be row-local")
         return
@@ -144,7 +144,7 @@ def _function_offences(node: Node) -> Iterator[tuple[str, str]]:
 
 
 def function_names(function: Node) -> list[str]:
-    """`{"ListExpr": {"Sample": …}}` as its names, outermost first."""
+    """The names in `{"ListExpr": {"Sample": …}}`, outermost first."""
     if isinstance(function, str):
         return [function]
     if isinstance(function, dict) and len(function) == 1:

@@ -1,4 +1,4 @@
-"""What a feature is: derived from its row, trailing over events, the latest event, looked up in a dimension."""
+"""The kinds of features: derived from a row, trailing over events, the latest event, or looked up in a dimension."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from schemas.sources import Source, identifier, names
 
 STATISTICS = ("count", "sum", "mean", "std", "var", "min", "max", "median", "first", "last", "n_unique")
 QUANTILE = re.compile(r"q(0[1-9]|[1-9]\d)")
-# Those that a compact summary of all history can carry.
+# Statistics that can be computed from a compact summary of all history.
 COMPACT = ("count", "sum", "mean", "std", "var", "min", "max", "first", "last")
-# Read one row each rather than all of a window: their ties need an order.
+# Statistics that read one row of a window rather than all rows: ties need an order.
 ORDERED = ("first", "last")
 
-# In the meaning of what integers of 32 bits, or floats, may have computed to another value.
+# Part of a feature's meaning if arithmetic in 32 bits, or in floats, may have given other values.
 ARITHMETIC = "64 bits"
 
 By = str | tuple[str, ...] | Mapping[str, str]
 
 
-def stored(dtype: pl.DataType, what: str) -> pl.DataType:
-    """Type under which a feature is kept: integers Int64, other numbers Float32, strings and booleans as they are."""
+def stored_type(dtype: pl.DataType, what: str) -> pl.DataType:
+    """The type in which a feature is stored: Int64 for integers, Float32 for other numbers, strings and booleans
+    unchanged."""
     if dtype.is_integer():
         return pl.Int64()
     if dtype.is_numeric():
@@ -70,7 +71,7 @@ class Derived:
         object.__setattr__(self, "columns", dict(columns))
 
     def outputs(self, known: Mapping[str, pl.DataType]) -> dict[str, pl.DataType]:
-        """Stored type per feature, given the columns `known` above it."""
+        """The stored type of each feature, given the columns `known` above it."""
         result: dict[str, pl.DataType] = {}
         for name, expr in self.columns.items():
             what = f"Derived {name!r}"
@@ -80,21 +81,21 @@ class Derived:
                     f"{what} = {expr}, beside the column {name!r} above it",
                     "Rename the feature",
                 )
-            result[name] = stored(dtype_of(expr, known, what), what)
+            result[name] = stored_type(dtype_of(expr, known, what), what)
         return result
 
     def computed(
         self, known: Mapping[str, pl.DataType], bounds: Mapping[str, Bounds], kept: Mapping[str, pl.DataType]
     ) -> dict[str, Arithmetic]:
-        """Its expressions as they are computed, given the columns `known` above it, and the types under which they are
-        `kept`.
+        """Its expressions as they are computed, given the columns `known` above it, and the types in which they are
+        stored (`kept`).
         """
         return {
             name: in_64_bits(expr, known, bounds, rounded=kept[name].is_float()) for name, expr in self.columns.items()
         }
 
     def meaning(self, name: str) -> dict[str, object]:
-        """What decides the values of the feature `name`, as JSON."""
+        """Everything that decides the values of the feature `name`, as JSON."""
         return {"derived": canonical(self.columns[name])}
 
 
@@ -111,7 +112,7 @@ class Statistic:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trailing:
-    """Statistics of a source's events per key over `[t − W, t)`, to the microsecond.
+    """Statistics of a source's events per key over `[t − W, t)`, exact to the microsecond.
 
     Nulls and NaN are not values.  An empty window has `count` (and `n_unique`) 0 and null for the rest; `std` and `var`
     use n − 1 (null for one value); quantiles interpolate linearly (type 7 of Hyndman & Fan 1996); a null key matches
@@ -119,7 +120,7 @@ class Trailing:
 
     Args:
         source: events; rows with `time < t` count.
-        by: key columns, of one name in spine and source, or `{spine column: source column}`.
+        by: key columns that have the same name in spine and source, or `{spine column: source column}`.
         over: window lengths, such as `("1h", "24h")`.
         stats: column to statistic(s): count, sum, mean, std, var, min, max, median, q01…q99, first, last, n_unique;
             `{"*": "count"}` counts rows.
@@ -201,7 +202,7 @@ class Trailing:
 
     @functools.cached_property
     def statistics(self) -> tuple[Statistic, ...]:
-        """Its columns in order: by column, statistic, window."""
+        """Its columns, in the order of column, statistic and window."""
         prefix = f"{self.name or self.source.name}_by_{'_'.join(spine for spine, _ in self.keys)}"
         return tuple(
             Statistic(
@@ -224,7 +225,7 @@ class Trailing:
         if statistic.stat in ("count", "n_unique"):
             return pl.Int64()
         if statistic.stat in ORDERED:
-            return stored(self.source.schema[statistic.column], statistic.name)
+            return stored_type(self.source.schema[statistic.column], statistic.name)
         return pl.Float32()
 
     def meaning(self, name: str) -> dict[str, object]:
@@ -236,9 +237,7 @@ class Trailing:
         }
 
     def chooses(self, known: Iterable[str] = ()) -> bool:
-        """Whether some value of it depends on which of several rows is taken that are alike in `known` columns (see
-        `breaks_ties`).
-        """
+        """Whether a value depends on which of several rows with equal `known` columns is taken (see `breaks_ties`)."""
         return any(
             breaks_ties(self, [] if each.column == "*" else [each.column], each.stat in ORDERED, known)
             for each in self.statistics
@@ -249,14 +248,15 @@ class Trailing:
 class Latest:
     """Columns of the last event per key known before *t*, no older than `max_age`.
 
-    The values are those of one whole row: a null in it stays null, and ties in time pick one row, never a mixture.
+    All values come from the same row: a null in it stays null, and of rows with the same time one is taken, never a
+        mixture.
 
     Args:
         source: events.
         by: key columns, as in `Trailing`.
         columns: the columns to take.
-        max_age: an event older than this is not used; required, so that a source that has stopped is seen to have
-            stopped.
+        max_age: an event older than this is not used; required, so that a source that has stopped does not go
+            unnoticed.
         where: row-local condition on events; needs `name`.
         name: replaces the source's name in `{source}_{column}`.
     """
@@ -291,7 +291,7 @@ class Latest:
 
     @functools.cached_property
     def length(self) -> int | None:
-        """Greatest age in µs."""
+        """The greatest age in µs."""
         return None if self.max_age == "forever" else microseconds(self.max_age or "")
 
     @functools.cached_property
@@ -301,7 +301,7 @@ class Latest:
 
     def outputs(self, known: Mapping[str, pl.DataType]) -> dict[str, pl.DataType]:
         _fitting_keys(self, known)
-        return {name: stored(self.source.schema[column], name) for column, name in self.renamed.items()}
+        return {name: stored_type(self.source.schema[column], name) for column, name in self.renamed.items()}
 
     def meaning(self, name: str) -> dict[str, object]:
         column = next(column for column, renamed in self.renamed.items() if renamed == name)
@@ -311,9 +311,7 @@ class Latest:
         }
 
     def chooses(self, known: Iterable[str] = ()) -> bool:
-        """Whether some value of it depends on which of several rows is taken that are alike in `known` columns (see
-        `breaks_ties`).
-        """
+        """Whether a value depends on which of several rows with equal `known` columns is taken (see `breaks_ties`)."""
         return any(breaks_ties(self, [column], ordered=True, known=known) for column in self.columns)
 
 
@@ -361,7 +359,7 @@ class Lookup:
 
     def outputs(self, known: Mapping[str, pl.DataType]) -> dict[str, pl.DataType]:
         _fitting_keys(self, known)
-        return {name: stored(self.source.schema[column], name) for column, name in self.renamed.items()}
+        return {name: stored_type(self.source.schema[column], name) for column, name in self.renamed.items()}
 
     def meaning(self, name: str) -> dict[str, object]:
         column = next(column for column, renamed in self.renamed.items() if renamed == name)
@@ -374,14 +372,12 @@ class Lookup:
         }
 
     def chooses(self, known: Iterable[str] = ()) -> bool:
-        """Whether some value of it depends on which of several rows of a key is taken that are alike in `known`
-        columns.
-        """
+        """Whether a value depends on which of several rows of a key with equal `known` columns is taken."""
         return not set(self.columns) <= {*known, *(key for _, key in self.keys)}
 
 
 def limits_of(feature: Trailing | Latest | Lookup) -> dict[str, Bounds | None]:
-    """What integer features can be; None of others."""
+    """The bounds of integer features; None for others."""
     schema = feature.source.schema
     if not isinstance(feature, Trailing):
         return {name: bounds_of(schema[column]) for column, name in feature.renamed.items()}
@@ -399,7 +395,7 @@ Feature = Derived | Trailing | Latest | Lookup
 
 
 def _of_events(feature: Trailing | Latest) -> str:
-    """Checks that Trailing and Latest share; returns how errors call the feature."""
+    """The checks that Trailing and Latest have in common; returns the feature's name in errors."""
     kind = type(feature).__name__
     if not isinstance(feature.source, Source):
         raise DefinitionError(f"{kind} reads a Source", repr(feature.source), f"Write {kind}(departures, …)")
@@ -442,7 +438,7 @@ def _lifetime(source: Source, what: str) -> None:
 
 
 def _fitting_keys(feature: Trailing | Latest | Lookup, known: Mapping[str, pl.DataType]) -> None:
-    """Keys exist above the feature and are of one kind on both sides."""
+    """Checks that keys exist above the feature, and have the same kind on both sides."""
     what = f"{type(feature).__name__} over {feature.source.name!r}: by"
     for spine, column in feature.keys:
         if spine not in known:
@@ -488,11 +484,10 @@ def _reading(source: Source) -> dict[str, object]:
 
 
 def breaks_ties(feature: Trailing | Latest, used: Sequence[str], ordered: bool, known: Iterable[str] = ()) -> bool:
-    """Whether a value of `feature` that is made of the columns `used` depends on which of several rows is taken that
-    are alike in `known` columns.
+    """Whether a value of `feature` from columns `used` depends on which of several rows with equal `known` is used.
 
-    Of rows that repeat a `unique` value at one moment one stays; of rows of one key and moment `ordered` statistics
-    take one. What the rows have in common by then cannot depend on which it is.
+    Of rows that repeat a `unique` value at the same time, one stays; of rows with the same key and time, `ordered`
+    statistics take one. Columns in which these rows are equal do not depend on which row it is.
     """
     source, keys = feature.source, {column for _, column in feature.keys}
     repeats = False
@@ -501,7 +496,7 @@ def breaks_ties(feature: Trailing | Latest, used: Sequence[str], ordered: bool, 
         placed = {source.event_time} - {None}
         repeats = not {*used, *keys, *where, *placed} <= {*source.unique, source.time, *known}
     common = {*keys, source.event_time or source.time, *(source.order or ())}
-    alone = source.unique is not None and set(source.unique) <= common  # no two rows have all of it in common
+    alone = source.unique is not None and set(source.unique) <= common  # no two rows are equal in all of these
     return repeats or (ordered and not alone and not set(used) <= {*common, *known})
 
 
@@ -511,14 +506,14 @@ def _types(feature: Trailing | Latest | Lookup, columns: list[str]) -> dict[str,
 
 
 def iter_sources(features: Iterable[Feature]) -> Iterator[Source]:
-    """Every source that `features` read, with repeats."""
+    """Every source that `features` read; a source may occur several times."""
     for feature in features:
         if not isinstance(feature, Derived):
             yield feature.source
 
 
 def is_lifetime(feature: object) -> bool:
-    """Whether some window of `feature` has no beginning."""
+    """Whether some window of `feature` is a lifetime window."""
     if isinstance(feature, Trailing):
         return any(each.length is None for each in feature.statistics)
     return isinstance(feature, Latest) and feature.length is None

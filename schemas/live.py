@@ -10,7 +10,7 @@ from schemas.tables import TIME, predictions
 from schemas.views import FeatureView
 
 # The origin of a row: topic partition, offset of its message, position in the message, and time of arrival.
-ORIGIN = pa.schema(
+ORIGIN_FIELDS = pa.schema(
     [
         ("__partition", pa.int32()),
         ("__offset", pa.int64()),
@@ -27,18 +27,18 @@ LIVE_COLUMNS = pa.schema(
     [
         ("__cut", pa.string()),
         ("__late", pa.bool_()),
-        *list(ORIGIN)[:3],
+        *list(ORIGIN_FIELDS)[:3],
         ("__answered", TIME),
         ("__dimensions", pa.string()),
         ("__cold", pa.bool_()),
     ]
 )
 
-# What a live prediction keeps of its feature row, and the feature row's origin in the features topic.
-SEEN = pa.schema([*(LIVE_COLUMNS.field(name) for name in ("__cut", "__late", "__answered")), *ORIGIN])
+# The columns of a feature row that a live prediction keeps, and the feature row's origin in the features topic.
+SEEN = pa.schema([*(LIVE_COLUMNS.field(name) for name in ("__cut", "__late", "__answered")), *ORIGIN_FIELDS])
 
 
-def sources_of(view: FeatureView) -> dict[str, Source]:
+def live_sources(view: FeatureView) -> dict[str, Source]:
     """The sources whose messages a live view reads: the spine and its events."""
     return {view.spine.name: view.spine, **view.events}
 
@@ -46,7 +46,7 @@ def sources_of(view: FeatureView) -> dict[str, Source]:
 def repeats_by(view: FeatureView, name: str) -> tuple[str, ...]:
     """Columns that identify repeats among the events of `name`, which count once; empty if every row counts.
 
-    The rows of a spine are unique also where the spine is a source of events.
+    The rows of a spine are unique even where the spine is a source of events.
     """
     if name not in view.events:
         return ()
@@ -54,7 +54,7 @@ def repeats_by(view: FeatureView, name: str) -> tuple[str, ...]:
 
 
 def accepted(view: FeatureView, name: str) -> pa.Schema:
-    """Rows of a source as a live job stores them: its columns, `ORIGIN`, and `date`, the UTC date of their time.
+    """Rows of a source as a live job stores them: its columns, `ORIGIN_FIELDS`, and `date`, the UTC date of their time.
 
     If repeats count once, there are also columns for whether the row counted when it was accepted, which row
     (`__instead`) counted until then, and whether it came too late to be compared with others (null in files written
@@ -65,7 +65,7 @@ def accepted(view: FeatureView, name: str) -> pa.Schema:
     fields = [pa.field(each.name, pa.string() if pa.types.is_large_string(each.type) else each.type) for each in arrow]
     decided = [("__counted", pa.bool_()), ("__instead", pa.int64()), ("__uncompared", pa.bool_())]
     fates = [pa.field(*each) for each in decided] if repeats_by(view, name) else []
-    return pa.schema([*fields, *ORIGIN, *fates, pa.field("date", pa.date32())])
+    return pa.schema([*fields, *ORIGIN_FIELDS, *fates, pa.field("date", pa.date32())])
 
 
 def live_schema(view: FeatureView) -> pa.Schema:

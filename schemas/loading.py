@@ -1,4 +1,4 @@
-"""Finds `view` and `model` in the file a user wrote."""
+"""Finds `view` and `model` in a user's file."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from schemas.views import FeatureView
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Definition:
-    """A loaded definition.  `path` is its file; `model` may be missing where only features are wanted.
+    """A loaded definition.  `path` is its file; `model` may be missing if only features are needed.
 
-    `source` is the text that was loaded.  `modules` are the sources of the modules that it imports, installed ones left
-    out, by their path below a folder of imports, as `rates/fees.py`.
+    `source` is the text that was loaded.  `modules` are the texts of the modules that it imports, without installed
+    ones, by their path below an import folder, such as `rates/fees.py`.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Definition:
 
     @property
     def schema_path(self) -> str:
-        """Where the schema of its features stands, if there is one: beside the definition."""
+        """The path of the schema of its features, if there is one: beside the definition."""
         return str(Path(self.path).with_name("schema.pbtxt"))
 
     @property
@@ -57,10 +57,10 @@ _RULE = "The definition is an importable module or a .py file"
 
 
 def load_definition(name: str) -> Definition:
-    """Import a module (`examples.flights.definition`) or a file (`path/to/definition.py`).
+    """Imports a module (`examples.flights.definition`) or a file (`path/to/definition.py`).
 
     Raises:
-        DefinitionError: not found, no `view` in it, or refused by the definition itself.
+        DefinitionError: it is not found, it has no `view`, or the definition in it is refused.
     """
     before = set(sys.modules)
     if not name.endswith(".py") and not all(part.isidentifier() for part in name.split(".")):
@@ -90,10 +90,10 @@ def load_definition(name: str) -> Definition:
 
 
 def load_recorded(name: str, source: str, modules: Mapping[str, str], folder: Path) -> Definition:
-    """Load a definition from its recorded text and that of its neighbours, whatever stands in their places now.
+    """Loads a definition from its recorded text and that of its neighbours, whatever is in their places now.
 
     Args:
-        name: what it was loaded by, a module or a file.
+        name: the name by which it was loaded, a module or a file.
         source: its text.
         modules: texts of the modules that it imports, by path (see `Definition`).
         folder: an empty folder, in which they are written.
@@ -109,7 +109,7 @@ def load_recorded(name: str, source: str, modules: Mapping[str, str], folder: Pa
         parts = PurePosixPath(path).parts
         if not parts or not all(part.removesuffix(".py").isidentifier() for part in parts[:-1]) or ".." in parts:
             raise DefinitionError("The recorded modules of a definition lie in one folder", repr(path), "Restore it")
-        for depth in range(1, len(parts)):  # a package of this name elsewhere must not come first
+        for depth in range(1, len(parts)):  # a package with this name elsewhere must not be found first
             package = folder.joinpath(*parts[:depth])
             package.mkdir(exist_ok=True)
             (package / "__init__.py").touch()
@@ -119,7 +119,7 @@ def load_recorded(name: str, source: str, modules: Mapping[str, str], folder: Pa
         return load_definition(str(folder / own) if name.endswith(".py") else name)
 
 
-def decoded(source: bytes) -> str:
+def decode_python(source: bytes) -> str:
     """The text of a Python file, in the encoding that it declares."""
     return source.decode(tokenize.detect_encoding(io.BytesIO(source).readline)[0])
 
@@ -129,7 +129,7 @@ def _encoded(text: str) -> bytes:
 
 
 def module_name(path: str) -> str:
-    """The name of the module that a path below a folder of imports is.
+    """The name of the module for a path below an import folder.
 
     >>> module_name("rates/fees.py"), module_name("rates/__init__.py")
     ('rates.fees', 'rates')
@@ -138,10 +138,10 @@ def module_name(path: str) -> str:
 
 
 def neighbours(module: ModuleType, before: Iterable[str] = ()) -> dict[str, bytes]:
-    """The sources of all modules that a definition's module imports, also through others; installed ones are left out.
+    """The texts of all modules that a definition's module imports, directly or not, without installed ones.
 
     Args:
-        module: the definition's.
+        module: the module of the definition.
         before: names of modules that were imported before it was.
     """
     waiting = [name for name in sys.modules if name not in before] + list(_imported_by(module, _read(module.__file__)))
@@ -161,7 +161,7 @@ def neighbours(module: ModuleType, before: Iterable[str] = ()) -> dict[str, byte
 
 
 def _imported_by(module: ModuleType, source: bytes) -> Iterator[str]:
-    """Names of modules, and of packages above them, that a source may import; some name attributes instead."""
+    """Names of modules, and of packages above them, that a text may import; some of them name attributes instead."""
     package = module.__package__ or ""
     names = [module.__name__]
     for node in ast.walk(ast.parse(source)):
@@ -201,7 +201,7 @@ def _read(path: str | None) -> bytes:
 
 @contextlib.contextmanager
 def _imports_from(folder: Path, names: Iterable[str]) -> Iterator[None]:
-    """Import from `folder` first; the packages of `names` are imported anew in it, and are as before afterwards."""
+    """Imports look in `folder` first; the packages of `names` are imported anew meanwhile, and restored afterwards."""
     tops = {name.partition(".")[0] for name in names}
 
     def taken() -> dict[str, ModuleType]:
@@ -233,9 +233,10 @@ def _file(path: Path) -> ModuleType:
     sys.modules[name] = module
 
     def run() -> ModuleType:
-        # From its text: byte code kept beside it would be stale when the file is changed twice within a second.
+        # The module is compiled from its text: cached byte code would be stale if the file changed twice within a
+        # second.
         folder, writes = str(path.resolve().parent), sys.dont_write_bytecode
-        sys.path.insert(0, folder)  # so that it can import its neighbours, as a script can
+        sys.path.insert(0, folder)  # so that it can import its neighbours, like a script
         sys.dont_write_bytecode = True
         try:
             exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
@@ -251,7 +252,7 @@ def _imported(name: str, load: Callable[[], ModuleType]) -> ModuleType:
     """Calls `load`, and reports any error in a user's file as a user's mistake, with its line.
 
     Raises:
-        DefinitionError: the file's own refusals pass as they are.
+        DefinitionError: see above; a DefinitionError from the file itself is raised unchanged.
     """
     try:
         return load()

@@ -27,14 +27,14 @@ OBJECTIVES = {
     "reg:absoluteerror": ("mae", "rmse"),
     "count:poisson": ("rmse", "mae"),
 }
-# Metrics of a test beyond that: at `Gates.threshold`, and over ten equal bins of the score; of several classes
-# the plain means over those that occur, each against all others.
+# Further metrics of a test: at `Gates.threshold`, and over ten equal bins of the score; for several classes, the
+# unweighted means over classes that occur, each against all others.
 _BEYOND = {
     "binary:logistic": ("calibration_error", "precision", "recall"),
     "multi:softprob": ("macro_auc", "macro_precision", "macro_recall"),
 }
 METRICS_OF = {objective: (*names, *_BEYOND.get(objective, ())) for objective, names in OBJECTIVES.items()}
-# Metrics of which more is better.
+# Metrics of which a greater value is better.
 RISING = {"auc", "average_precision", "accuracy", "precision", "recall", "macro_auc", "macro_precision", "macro_recall"}
 # Differences between groups, as Fairlearn names them.
 FAIRNESS = ("demographic_parity", "equal_opportunity", "equalized_odds")
@@ -46,15 +46,15 @@ Params = Mapping[str, Any]
 class Label:
     """What became of a spine row at *t*: `value` of the first row of `source` with its key, known in `[t, t + within)`.
 
-    An example may be used only once `t + within` has passed, whether or not its label came: otherwise quick outcomes
-    would be over-represented.
+    An example is used only after `t + within`, whether or not a label was received: otherwise quick outcomes would be
+    over-represented.
 
     Args:
         source: events.
         on: key columns, as in `Trailing`.
         value: row-local expression over the source's columns; null means no label.
         within: the horizon.
-        absent: `"drop"`, or the label of a row for which none came within the horizon.
+        absent: `"drop"`, or the label of a row that received none within the horizon.
     """
 
     source: Source
@@ -89,7 +89,7 @@ class Label:
 
     @property
     def computed(self) -> pl.Expr:
-        """`value` as it is computed: in 64 bits."""
+        """`value` as it is computed, in 64 bits."""
         return in_64_bits(self.value, self.source.schema).expr
 
 
@@ -99,12 +99,12 @@ class Search:
     when both are above 0).
 
     Args:
-        trials: how many.
-        space: XGBoost parameter to choices or bounds.
-        method: `random`; `sobol`, which covers the space more evenly; or `halving`: random trials of few rounds, of
-            which one in `factor` goes on with `factor` times the rounds, until one is left.
+        trials: number of trials.
+        space: choices or bounds by XGBoost parameter.
+        method: `random`; `sobol`, which covers the space more evenly; or `halving`: random trials with few rounds, of
+            which one in `factor` continues with `factor` times the rounds, until one is left.
         seed: decides every trial.
-        factor: of halving.
+        factor: the factor of halving.
     """
 
     trials: int
@@ -145,22 +145,23 @@ def _is_number(value: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Gates:
-    """What a model must show on the test split before it becomes champion.
+    """The conditions on the test split that a model must satisfy before it becomes champion.
 
     Args:
-        at_least: metric to floor (for error metrics to ceiling).
+        at_least: the least value by metric (for error metrics, the greatest).
         slices: columns, or tuples of columns, by whose values metrics are also computed.
-        max_gap: metric to the most by which a slice may be worse than the whole; a slice fails when its gap is above by
-            more than chance explains, that is with its whole 95 % interval.
-        min_slice_rows: smaller slices and groups are shown, not judged.
+        max_gap: by metric, how much worse than the whole a slice may be; a slice fails if the whole 95 % interval of
+            its gap is above that, so that chance does not explain it.
+        min_slice_rows: smaller slices and groups are shown, but cannot make a gate fail.
         margin: a challenger must beat the champion's `metric` by this much on the same rows, with the whole 95 %
-            interval of the paired difference.  Where the two cannot be compared the champion stays.
+            interval of the paired difference.  If the two cannot be compared, the champion stays.
         protected: columns whose values must be treated alike; they are slices too.
         max_difference: `demographic_parity` (in shares selected), `equal_opportunity` (in recall) or `equalized_odds`
-            (in recall or false positive rate, whichever is more) to the greatest difference between two groups.
-        threshold: the score from which a row is selected, for `precision`, `recall` and the above.
-        max_drift: the most by which a column of the training data may lie from the champion's, 0 … 1: Jensen–Shannon
-            divergence of numbers, greatest change of a value's share of strings; None reports it only.
+            (in recall or false positive rate, whichever is greater): the greatest allowed difference between two
+            groups.
+        threshold: the score from which on a row is selected, for `precision`, `recall` and `max_difference`.
+        max_drift: the greatest allowed distance, 0 … 1, of a column of the training data from the champion's:
+            Jensen–Shannon divergence of numbers, or greatest change of the share of a string; None only reports it.
     """
 
     at_least: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -211,17 +212,17 @@ class Model:
         view: the features.
         label: what to predict.
         objective: one of XGBoost's objectives listed in `OBJECTIVES`.
-        metric: chooses among trials and stops early.
+        metric: the metric that chooses among trials and decides when to stop early.
         split: how examples are divided.
-        encode: input to encoder; a string input needs one, a number without one is passed as it is.
+        encode: encoder by input; a string input needs one, a number without one is passed unchanged.
         params: XGBoost parameters.
-        rounds: boosting rounds, at most.
-        early_stopping: stop after so many rounds without a better `metric` on validation; 0 never stops.
+        rounds: the most boosting rounds.
+        early_stopping: training stops after so many rounds without a better `metric` on validation; 0: never.
         search: trials over parameters; None trains once.
-        gates: what it must show.
+        gates: the conditions for becoming champion.
         seed: XGBoost's seed.
-        name: names the registered model and its tables; default the view's name.  One name is one problem (see
-            `problem`).
+        name: name of the registered model and its tables; by default the view's name.  A name stands for one problem
+            (see `problem`).
     """
 
     view: FeatureView
@@ -326,13 +327,13 @@ class Model:
 
     @property
     def inputs(self) -> dict[str, pl.DataType]:
-        """Type per input: the features in order, then the spine columns that `encode` names."""
+        """The type of each input: the features in order, then the spine columns that `encode` names."""
         extra = [column for column in self.encode if column not in self.view.columns]
         return {**self.view.columns, **{column: self.view.spine.schema[column] for column in extra}}
 
     @property
     def problem(self) -> dict[str, object]:
-        """What is predicted, flat, as JSON values: versions of one registered model have it in common.
+        """What is predicted, as flat JSON values. All versions of a registered model have the same problem.
 
         Features, encoders, parameters, split and gates are not part of it, so that a model can get better.
         """

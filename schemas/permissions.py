@@ -11,10 +11,10 @@ UMASK_VARIABLE = "MILLRACE_UMASK"
 
 
 def umask() -> int | None:
-    """The umask of commands: 077, or that of `MILLRACE_UMASK`; None (`inherit`) for the one they were started with.
+    """The umask of commands: 077, or that of `MILLRACE_UMASK`; None (`inherit`) keeps the umask of the process.
 
     Raises:
-        DefinitionError: the variable is no umask.
+        DefinitionError: the variable is not a umask.
     """
     text = os.environ.get(UMASK_VARIABLE, "077")
     if text == "inherit":

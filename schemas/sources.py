@@ -18,7 +18,7 @@ from schemas.expressions import canonical, columns_of, dtype_of, require_row_loc
 
 TIME = pl.Datetime("us", "UTC")
 _SIMPLE = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.Float32, pl.Float64, pl.String, pl.Boolean, pl.Date)
-# Names Millrace writes beside a view's own columns.
+# Names of columns that Millrace adds to a view's own.
 RESERVED = ("date", "row_id")
 # Units of times that are numbers: how many µs one of them has, as a fraction.
 UNITS = {"s": (1_000_000, 1), "ms": (1_000, 1), "us": (1, 1), "ns": (1, 1_000)}
@@ -37,7 +37,7 @@ def names(value: str | Iterable[str], what: str) -> tuple[str, ...]:
 
 
 def identifier(value: str, what: str) -> str:
-    """A lower-case name usable in paths, column names and SQL."""
+    """Checks a lower-case name that can be used in paths, column names and SQL."""
     if not isinstance(value, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", value):
         raise DefinitionError(
             f"{what} is lower-case letters, digits and underscores", repr(value), 'Write it like "late_departures"'
@@ -55,15 +55,16 @@ class Source:
 
     Args:
         name: names the folder `<store>/sources/<name>` or the topic.
-        columns: column name to Polars type, the time columns left out.
-        time: column of type `Datetime("us", "UTC")`; None makes a dimension, a table without time.
-        event_time: column that places a row in windows earlier than it became known.  Never later than `time`.
+        columns: Polars type by column name, without the time columns.
+        time: column of type `Datetime("us", "UTC")`; None for a dimension, which is a table without time.
+        event_time: column with an earlier time that decides which windows contain the row.  Never later than `time`.
         lateness: how long after its `time` a row may still arrive live.
         ahead: how far a time may be ahead of the clock of the run; rows further ahead are rejected.
         not_before: rows with an earlier time are rejected (a clock that was never set gives 1970).
         unique: columns whose repeated values count once; the first known row stays.
-        idle: after this long without a row a live partition no longer holds the clock back.
-        order: columns that order rows of one time; else all columns do, so that no feature depends on arrival.
+        idle: after this long without a row, a live partition no longer holds the watermark back.
+        order: columns that order rows with the same time; by default all columns, so that no feature depends on the
+            order of arrival.
         path: the folder or file of its rows in batch, absolute or within the folder of the sources; by default its
             name.  Several sources may have one path.
         zone: the time zone of times that do not name one, such as `"Europe/Berlin"`.  Without it they are refused.
@@ -184,22 +185,19 @@ class Source:
 
     @functools.cached_property
     def tie_order(self) -> tuple[str, ...]:
-        """The columns that put rows in order which nothing else tells apart: `order`, then all declared ones as
-        declared.
+        """The columns that order rows with the same time: `order`, then all declared columns in their order.
 
         A null comes first, NaN is null and −0.0 is 0.0; strings are compared by their bytes, false is before true.
         """
         return tuple(dict.fromkeys([*(self.order or ()), *self.schema]))
 
     def ties(self, columns: Iterable[str]) -> list[str]:
-        """`tie_order` as far as `columns` go, those of a frame: rows that they do not tell apart are alike to its
-        reader.
-        """
+        """The part of `tie_order` that is among `columns`, the columns of a frame."""
         known = set(columns)
         return [name for name in self.tie_order if name in known]
 
     def require(self, column: str, use: str) -> None:
-        """Refuse a `column` this source does not declare."""
+        """Refuses a `column` that this source does not declare."""
         if column not in self.schema:
             raise DefinitionError(
                 f"{use} of source {self.name!r} names a declared column", repr(column), nearest(column, self.schema)

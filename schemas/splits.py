@@ -9,7 +9,7 @@ from schemas.durations import instant, microseconds
 from schemas.errors import DefinitionError
 
 SPLITS = ("train", "validate", "test")
-# Time at which a row's label was known: that of its event, or the end of the horizon where none came.
+# The time at which a row's label was known: that of its event, or the end of the horizon if there was none.
 LABEL_TIME = "__label_time"
 
 # Column of the training examples that holds the label.
@@ -18,7 +18,7 @@ LABEL = "__label"
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """One fold of a rolling origin, UTC: learns from `[−∞, train_end)` and is validated on `[validate_start,
+    """One fold of a rolling origin, UTC: trained on `[−∞, train_end)` and validated on `[validate_start,
     validate_end)`.
     """
 
@@ -33,8 +33,8 @@ class Split:
     cutoff)`.
 
     Args:
-        groups: divides rows instead of the bounds, which then are all of time before the cutoff.
-        folds: earlier ones of a rolling origin, within train; the bounds themselves are the last.
+        groups: divides rows instead of the bounds, which then include all times before the cutoff.
+        folds: earlier folds of a rolling origin, within train; the bounds themselves are the last fold.
     """
 
     train_end: datetime
@@ -55,7 +55,7 @@ class Split:
         }
 
     def as_json(self) -> dict[str, object]:
-        """What a model records of it."""
+        """The JSON that a model records."""
         times = {
             name: getattr(self, name)
             for name in ("train_end", "validate_start", "validate_end", "test_start", "cutoff")
@@ -72,12 +72,12 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class TimeSplit:
-    """Train, validate, test in order of time, `embargo` apart so that no label of one reaches into the next.
+    """Train, validate and test in order of time, `embargo` apart so that no label of one part reaches into the next.
 
     Args:
-        validate: its length, or the date it starts.
-        test: its length back from the cutoff, or the date it starts.
-        embargo: gap left before validation and before test.
+        validate: its length, or the date on which it starts.
+        test: its length back from the cutoff, or the date on which it starts.
+        embargo: gap before validation and before test.
     """
 
     validate: str | date
@@ -111,16 +111,16 @@ class TimeSplit:
 
 @dataclasses.dataclass(frozen=True)
 class RollingOrigin:
-    """Cross-validation in order of time: the origin rolls forward, each fold learns from all before it.
+    """Cross-validation in order of time: the origin rolls forward, and each fold is trained on everything before it.
 
     A trial's metric is its mean over the folds.  The last fold is `TimeSplit(validate, test, embargo)`, on which the
-    model that is kept is trained; each earlier one is validated on the `validate` before, `embargo` apart.
+    registered model is trained; each earlier fold is validated on the `validate` before, an `embargo` apart.
 
     Args:
-        folds: how many, at least 2.
-        validate: length of what each is validated on.
-        test: its length back from the cutoff, or the date it starts.
-        embargo: gap left before each validation and before test.
+        folds: number of folds, at least 2.
+        validate: length of the time on which each fold is validated.
+        test: its length back from the cutoff, or the date on which it starts.
+        embargo: gap before each validation and before test.
     """
 
     folds: int
@@ -147,13 +147,13 @@ class RollingOrigin:
 
 @dataclasses.dataclass(frozen=True)
 class GroupSplit:
-    """Whole groups in one part each, by a hash that never changes: no customer is both learnt from and tested on.
+    """Each group is in one part as a whole, by a hash that never changes: no customer is in both training and test.
 
     Args:
-        by: the columns that name a group.
+        by: the columns that identify a group.
         validate: share of groups.
         test: share of groups.
-        salt: another draws other groups.
+        salt: another value draws other groups.
     """
 
     by: str | tuple[str, ...]
@@ -172,7 +172,7 @@ class GroupSplit:
             raise DefinitionError("GroupSplit: something is left to train on", self.validate + self.test, "Lower them")
 
     def resolve(self, cutoff: datetime) -> Split:
-        """All of time before `cutoff`, in each part."""
+        """All times before `cutoff`, in each part."""
         return Split(cutoff, None, cutoff, None, cutoff, groups=self)
 
 

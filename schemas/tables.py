@@ -1,6 +1,4 @@
-"""Arrow schemas of the tables Millrace writes beside the feature tables (those follow their view:
-`FeatureView.output_schema`).
-"""
+"""Arrow schemas of the tables that Millrace writes besides the feature tables (see `FeatureView.output_schema`)."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from schemas.errors import DefinitionError
 
 TIME = pa.timestamp("us", tz="UTC")
 
-# What a prediction adds to the key, time and `row_id` of its feature row; the scores stand after `prediction_id`.
+# Columns that a prediction adds to the key, time and `row_id` of its feature row; the scores follow `prediction_id`.
 PREDICTION = pa.schema(
     [
         ("prediction_id", pa.int64()),
@@ -32,7 +30,7 @@ def predictions(features: pa.Schema, key: tuple[str, ...], time: str, classes: i
     """Schema of a prediction table over a feature table of schema `features`.
 
     Raises:
-        DefinitionError: a key or the time has the name of a column of ours.
+        DefinitionError: a key or the time has the name of one of these columns.
     """
     taken = sorted({*key, time} & {*PREDICTION.names, *scores(classes)})
     if taken:

@@ -1,4 +1,4 @@
-"""A feature view: a spine and its features, and the table they make."""
+"""A feature view: a spine and its features, and the table that they form."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from schemas.features import (
 )
 from schemas.sources import RESERVED, TIME, Source, identifier, names
 
-# Raised when a kernel computes other values from the same definition and data.
+# Increased when the kernel computes other values from the same definition and data.
 KERNEL_VERSION = 1
 Result = TypeVar("Result")
 
 
 def _once_per_source(method: Callable[[FeatureView, str], Result]) -> Callable[[FeatureView, str], Result]:
-    """Keeps what a method of a view returns for each source.  Callers leave it as it is."""
+    """Keeps what a method of a view returns for each source.  Callers must not change it."""
 
     @functools.wraps(method)
     def call(self: FeatureView, source: str) -> Result:
@@ -54,8 +54,8 @@ class FeatureView:
     Args:
         name: names the table `<store>/features/<name>/<fingerprint>`.
         spine: source with a time; each row gets a feature row.
-        key: columns that with the time identify a spine row.
-        features: computed in this order; a `Derived` may use what stands above it.
+        key: columns that identify a spine row together with its time.
+        features: computed in this order; a `Derived` may use the features above it.
     """
 
     name: str
@@ -115,7 +115,7 @@ class FeatureView:
 
     @functools.cached_property
     def columns(self) -> dict[str, pl.DataType]:
-        """Stored type per feature, in order."""
+        """The stored type of each feature, in order."""
         known = dict(self.spine.schema)
         result: dict[str, pl.DataType] = {}
         made_by: dict[str, Feature] = {}
@@ -174,17 +174,17 @@ class FeatureView:
 
     @property
     def time(self) -> str:
-        """Name of the time column."""
+        """The name of the time column."""
         return str(self.spine.time)
 
     @property
     def context(self) -> tuple[str, ...]:
-        """Spine columns carried beside the features: key, time, and whatever no feature replaces."""
+        """Spine columns that stay beside the features: key, time, and every column that no feature replaces."""
         return tuple(name for name in self.spine.schema if name not in self.columns)
 
     @functools.cached_property
     def sources(self) -> dict[str, Source]:
-        """Every source read beside the spine, by name.  The spine is among them when features trail over it."""
+        """Every source that is read besides the spine, by name.  It includes the spine if features trail over it."""
         return {source.name: source for source in iter_sources(self.features)}
 
     @functools.cached_property
@@ -197,7 +197,7 @@ class FeatureView:
 
     @_once_per_source
     def reach(self, source: str) -> int:
-        """Longest look-back over `source` in µs."""
+        """How far back features look in `source`, µs."""
         lengths = [0]
         for feature in self.features:
             if isinstance(feature, Trailing) and feature.source.name == source:
@@ -208,7 +208,7 @@ class FeatureView:
 
     @_once_per_source
     def columns_read(self, source: str) -> list[str]:
-        """Columns of `source` that some feature needs, in declared order.  By them a row is checked."""
+        """Columns of `source` that some feature needs, in declared order.  A row is checked by these columns."""
         declared = self.sources[source]
         read: set[str] = {*(declared.unique or ()), *(declared.order or ()), *declared.columns_of_where}
         for feature in self.features:
@@ -232,9 +232,9 @@ class FeatureView:
     def columns_ordering(self, source: str) -> tuple[str, ...]:
         """Further columns of `source` that decide which of several rows a feature takes, in declared order.
 
-        None where those that are read stand first in `tie_order`, as far as the feature uses them: rows that they do
-        not tell apart are alike to it.  Else those that stand before the last one that is read.  No row is judged by
-        them.
+        There are none if the columns that are read come first in `tie_order`, as far as the feature uses them: rows
+        that are equal in these are equal for the feature.  Otherwise, they are those before the last one that is read.
+        No row is checked by them.
         """
         declared = self.sources[source]
         if declared is self.spine:  # all of its columns are read anyway
@@ -259,7 +259,7 @@ class FeatureView:
 
     @functools.cached_property
     def arithmetic(self) -> dict[str, Arithmetic]:
-        """Per column of a Derived the expression as it is computed."""
+        """For each column of a Derived, the expression as it is computed."""
         known, bounds, result = dict(self.spine.schema), dict[str, Bounds](), dict[str, Arithmetic]()
         for feature in self.features:
             limits: dict[str, Bounds | None]
@@ -278,7 +278,7 @@ class FeatureView:
 
     @functools.cached_property
     def meanings(self) -> dict[str, str]:
-        """Digest per feature of what decides its values, features above it included."""
+        """For each feature, a digest of everything that decides its values, including features above it."""
         digests: dict[str, str] = {}
         for feature in self.features:
             for name in (
@@ -308,7 +308,7 @@ class FeatureView:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with whatever changes values: expressions, order, types, kernel version.
 
-        Not with labels, encoders, lateness or the text of the file.
+        It does not change with labels, encoders, lateness or the text of the file.
         """
         return _digest(
             {
@@ -324,9 +324,9 @@ class FeatureView:
 
     @functools.cached_property
     def _ties(self) -> dict[str, list[list[str]]]:
-        """Per source of which columns are read only to break ties, the order of ties.
+        """The order of ties of each source of which columns are read only to break ties.
 
-        Features of other sources take the rows that they always took.
+        Features of other sources take the same rows as in earlier versions.
         """
         return {
             name: [[column, str(source.schema[column])] for column in source.ties(self.columns_held(name))]
@@ -342,7 +342,7 @@ class FeatureView:
         return pa.schema([*fields, pa.field("row_id", pa.int64()), pa.field("date", pa.date32())])
 
     def require_feature(self, name: str, what: str) -> None:
-        """Refuse a `name` that is neither a feature nor a spine column."""
+        """Refuses a `name` that is neither a feature nor a spine column."""
         if name not in self.columns and name not in self.context:
             raise DefinitionError(
                 f"{what} names a feature or a spine column of view {self.name!r}",
@@ -356,7 +356,7 @@ def _alike(a: pl.DataType, b: pl.DataType) -> bool:
 
 
 def _plain(dtype: pa.DataType) -> pa.DataType:
-    """Polars hands strings over as large_string; tables and topics hold string."""
+    """Polars exports strings as large_string; tables and topics have string."""
     return pa.string() if pa.types.is_large_string(dtype) else dtype
 
 
@@ -371,11 +371,12 @@ def _short(feature: object) -> str:
     return f"{type(feature).__name__}({source}, by={feature.by!r})" if source else str(feature)  # type: ignore[attr-defined]
 
 
+@functools.lru_cache(256)
 def lifetime_sources(view: FeatureView) -> tuple[str, ...]:
-    """Sources over which some window has no beginning."""
+    """Sources over which there are lifetime windows."""
     return tuple(dict.fromkeys(feature.source.name for feature in view.features if is_lifetime(feature)))  # type: ignore[union-attr]
 
 
 def reached_from(view: FeatureView, source: str, moment: int) -> int:
-    """The earliest time (µs) of a source's rows that a spine row at `moment` can see."""
+    """The earliest time (µs) of the rows of a source that a spine row at `moment` can see."""
     return -(2**62) if source in lifetime_sources(view) else moment - view.reach(source)

@@ -9,12 +9,12 @@ import uuid
 from collections.abc import Iterator, Sequence
 
 from beam_pipelines.runtime.arguments import Arguments
-from beam_pipelines.runtime.terminal import columns, size, wrapped
+from beam_pipelines.runtime.terminal import columns, format_size, wrapped
 from schemas.errors import DefinitionError, StoreError
 from transforms.storage.compaction import MOST_FILES, Compaction, compact_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import tables_below
-from transforms.storage.run_markers import begin, remove_marker
+from transforms.storage.run_markers import begin_run, remove_marker
 from transforms.streaming.live_tables import is_of_live_job
 
 PIPELINE = "compact"
@@ -57,10 +57,10 @@ def compact(argv: Sequence[str]) -> int:
 
 
 def _matching(store: str, patterns: Sequence[str]) -> list[str]:
-    """Tables whose names match; a source's table only if a live job writes it.
+    """Tables whose names match; the table of a source only if a live job writes it.
 
     Raises:
-        DefinitionError: there is no table of a name without *.
+        DefinitionError: a name without * is not that of a table.
     """
     names = [name for name in tables_below(store) if not name.startswith("sources/") or is_of_live_job(store, name)]
     for pattern in patterns:
@@ -75,9 +75,10 @@ def _matching(store: str, patterns: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _marked(store: str, run_id: str) -> Iterator[None]:
-    """Marks the run, so that vacuum leaves its files and nothing is erased beside it.  It leaves no report."""
+    """Writes the marker of the run, so that vacuum spares its files and no erasure runs at the same time.  It leaves no
+    report."""
     folder = os.path.join(store, "runs", run_id)
-    begin(folder, PIPELINE, run_id)
+    begin_run(folder, PIPELINE, run_id)
     try:
         yield
     finally:
@@ -89,7 +90,7 @@ def _marked(store: str, run_id: str) -> Iterator[None]:
 def _print(done: dict[str, Compaction]) -> None:
     changed = {name: each for name, each in done.items() if each.after < each.before}
     rows = [
-        (name, f"{each.before:,}", f"{each.after:,}", f"{each.rows:,}", size(each.bytes))
+        (name, f"{each.before:,}", f"{each.after:,}", f"{each.rows:,}", format_size(each.bytes))
         for name, each in changed.items()
     ]
     if rows:

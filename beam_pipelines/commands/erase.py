@@ -20,7 +20,7 @@ from schemas.loading import Definition, load_definition, load_recorded
 from schemas.sources import Source
 from transforms.lineage.erasure import Condition, Erasure
 from transforms.lineage.erasure_records import ErasureRecord, erasures, now_text
-from transforms.models.bundle import load
+from transforms.models.bundle import load_bundle
 from transforms.models.registry import Registry, registry_uri
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.run_markers import ERASE, require_no_erasure
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         raise StoreError("erase works on folders", flags.store, "Copy the store to a disk, or mount it")
     with contextlib.ExitStack() as stack:
         definition = definition_of(flags, stack)
-        condition = Condition(source_of(definition, flags.source), flags.where)
+        condition = Condition(declared_source(definition, flags.source), flags.where)
         roots = (os.path.abspath(flags.sources),) if flags.sources else ()
         run_id = f"erase-{uuid.uuid4().hex[:12]}"
         erasure = Erasure(definition, condition, flags.store, roots, run_id, flags.keep_sources)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"no row of {flags.source} matches: nothing was changed")
             return 0
         with Run(ERASE, erasure.run_id, FileSystems.join(flags.store, "runs", erasure.run_id)) as run:
-            erasure = dataclasses.replace(erasure)  # live jobs may have accepted rows before the mark was there
+            erasure = dataclasses.replace(erasure)  # live jobs may have accepted rows before the marker was written
             run.update(erase(erasure, unfinished(erasure), models, flags.registry))
         print_rest(erasure, erasure.affected_models(models))
     return 0
@@ -77,8 +77,8 @@ def definition_of(flags: argparse.Namespace, stack: contextlib.ExitStack) -> Def
     """The definition that is named, or the newest one with the source that a registered model has recorded.
 
     Args:
-        flags: those of the command.
-        stack: keeps the files of a recorded definition for as long as it is open.
+        flags: the flags of the command.
+        stack: keeps the files of a recorded definition while it is open.
 
     Raises:
         DefinitionError: no model has recorded one with the source.
@@ -88,8 +88,8 @@ def definition_of(flags: argparse.Namespace, stack: contextlib.ExitStack) -> Def
     registry, found = Registry(registry_uri(flags.store, flags.registry)), list[str]()
     for name, version in sorted(registry.models(), key=lambda each: int(each[1]), reverse=True):
         _, folder, digest = registry.locate(name, version)
-        recorded = load(folder, digest).manifest.get("definition") or {}
-        if "source" not in recorded or "modules" not in recorded:  # of earlier versions of Millrace
+        recorded = load_bundle(folder, digest).manifest.get("definition") or {}
+        if "source" not in recorded or "modules" not in recorded:  # manifests of earlier versions of Millrace
             continue
         files = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         definition = load_recorded(str(recorded["name"]), recorded["source"], recorded["modules"], files)
@@ -107,7 +107,7 @@ def definition_of(flags: argparse.Namespace, stack: contextlib.ExitStack) -> Def
 def require_own_sources(flags: argparse.Namespace) -> None:
     """
     Raises:
-        DefinitionError: rows would go from the sources of another store, and stay in its tables.
+        DefinitionError: rows would be removed from the sources of another store, but stay in its tables.
     """
     if not flags.sources or flags.keep_sources:
         return
@@ -130,11 +130,11 @@ def declared_by(definition: Definition) -> dict[str, Source]:
     return declared
 
 
-def source_of(definition: Definition, name: str) -> Source:
+def declared_source(definition: Definition, name: str) -> Source:
     """The source that the definition declares under this name.
 
     Raises:
-        DefinitionError: there is none.
+        DefinitionError: there is no such source.
     """
     declared = declared_by(definition)
     if name not in declared:
@@ -144,7 +144,7 @@ def source_of(definition: Definition, name: str) -> Source:
 
 
 def unfinished(erasure: Erasure) -> ErasureRecord | None:
-    """An erasure from this source that was interrupted."""
+    """An interrupted erasure from this source, if there is one."""
     return next(
         (each for each in erasures(erasure.store) if each.source == erasure.source.name and each.finished is None), None
     )
@@ -183,7 +183,7 @@ def erase(
     counts["dead_letters"] = erasure.erase_dead_letters()
     counts["feature_tables"] = erasure.erase_features()
     counts["source_rows"] = erasure.erase_source()
-    os.sync()  # what was deleted stays deleted after a power cut
+    os.sync()  # deleted files stay deleted after a power cut
     totals = {name: record.counts.get(name, 0) + count for name, count in counts.items()}
     dataclasses.replace(record, finished=now_text(), counts=totals).write(erasure.store)
     return {"source": erasure.source.name, **counts, "erasure": record.erasure_id, "models": affected}
@@ -211,7 +211,7 @@ def preview(erasure: Erasure, models: Mapping[str, Mapping[str, object]]) -> Non
 
 
 def print_rest(erasure: Erasure, affected: Sequence[str]) -> None:
-    """Prints what the next runs have to do, and what was not reached."""
+    """Prints what the next runs have to do, and what was not erased."""
     if affected:
         print("models trained on such rows: they keep what they learned until they are trained again")
         for name in affected:

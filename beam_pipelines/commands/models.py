@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from beam_pipelines.runtime.arguments import Arguments, identifier
+from beam_pipelines.runtime.arguments import Arguments, file_name_part
 from beam_pipelines.runtime.terminal import columns
 from schemas.errors import DataError, GateError, StoreError
 from transforms.models.registry import Registry, registry_uri
@@ -27,7 +27,7 @@ def _arguments(command: str, text: str, why: bool = False) -> Arguments:
 
 
 def _named(flags: argparse.Namespace) -> tuple[Registry, str]:
-    """The registry, and the name of the model that the flags mean."""
+    """The registry, and the name of the model that the flags select."""
     registry = Registry(registry_uri(flags.store, flags.registry))
     names = sorted({name for name, _ in registry.models()})
     if flags.model is None and len(names) == 1:
@@ -70,7 +70,7 @@ def models(argv: Sequence[str]) -> int:
 
 
 def _move(entry: ChampionMove) -> str:
-    """A move of the alias, in words."""
+    """A move of the alias, as text."""
     if entry["before"] == entry["version"]:
         return f"version {entry['version']} was champion already"
     return f"version {entry['version']} champion" + (f" after version {entry['before']}" if entry["before"] else "")
@@ -101,11 +101,11 @@ def rollback(argv: Sequence[str]) -> int:
 
 def register(argv: Sequence[str]) -> int:
     """Register a model that was trained while the registry could not be reached."""
-    # The others of these commands need neither Beam nor XGBoost.
+    # The other commands here need neither Beam nor XGBoost.
     from transforms.training.publish_model import failed_gates, register_run
 
     arguments = _arguments("register", register.__doc__ or "")
-    arguments.add_argument("run", type=identifier, help="the run that trained it")
+    arguments.add_argument("run", type=file_name_part, help="the run that trained it")
     flags = arguments.parse_all(argv)
     folder = FileSystems.join(flags.store, "runs", flags.run)
     if "://" not in folder and not os.path.isdir(folder):

@@ -1,4 +1,4 @@
-"""new: a folder with a use case that runs, to change into one's own."""
+"""new: writes a folder with a use case that runs, as a start for one's own."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the folder and say what to run next."""
+    """Writes the folder and prints what to run next."""
     parser = _Parser("millrace new", description="Write a use case that runs: a definition and made-up data.")
     parser.add_argument("name", help="of the case, and of the folder to make")
     parser.add_argument("--folder", help="where the folder goes (default: here)", default=".")
@@ -161,10 +161,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write(folder: Path, name: str, store: Path) -> None:
-    """The case's files.
+    """Writes the files of the case.
 
     Raises:
-        DefinitionError: the folder is there already; nothing is overwritten.
+        DefinitionError: the folder exists already; nothing is overwritten.
         StoreError: it cannot be written.
     """
     try:

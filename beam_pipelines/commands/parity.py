@@ -17,12 +17,12 @@ from schemas.errors import MismatchError
 from schemas.loading import Definition, load_definition
 from schemas.views import FeatureView
 from transforms.inference.live_output import Outlet
-from transforms.lineage.counted_rows import UNEXPLAINED, Batch
-from transforms.lineage.difference_causes import Full, compare
-from transforms.lineage.feature_parity import Parity, check
+from transforms.lineage.counted_rows import UNEXPLAINED, BatchSide
+from transforms.lineage.difference_causes import FullComparison, compare_with_full
+from transforms.lineage.feature_parity import Parity, check_parity
 from transforms.lineage.prediction_parity import Rescored, rescore
 from transforms.models.registry import registry_uri
-from transforms.records.value_text import shown
+from transforms.records.value_text import format_value
 from transforms.sources.formats import SUFFIXES
 from transforms.storage.delta_tables import open_table
 from transforms.storage.file_systems import FileSystems
@@ -60,14 +60,14 @@ def main(argv: Sequence[str]) -> int:
     side = batch_side(view, flags)
     lines: list[str] = []
     with Run("parity", flags.run_id, FileSystems.join(flags.store, "runs", flags.run_id)) as run:
-        found = check(view, flags.store, flags.start, flags.end)
+        found = check_parity(view, flags.store, flags.start, flags.end)
         run.update(figures(found))
         lines.append(table(view, found))
         scored = rescored(definition, flags)
         if scored is not None:
             run.update({"predictions": scored.as_json()})
             lines.append(text_of(scored))
-        full = None if side is None else compare(view, flags.store, side, flags.start, flags.end)
+        full = None if side is None else compare_with_full(view, flags.store, side, flags.start, flags.end)
         run.update({"full_batch": NO_BATCH if full is None else full_figures(full)})
         lines.append(f"\nagainst the full batch table: {NO_BATCH['why']}" if full is None else full_table(view, full))
     if flags.json:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def require_agreement(view: FeatureView, found: Parity, scored: Rescored | None, full: Full | None) -> None:
+def require_agreement(view: FeatureView, found: Parity, scored: Rescored | None, full: FullComparison | None) -> None:
     """Checks the results.
 
     Raises:
@@ -121,20 +121,20 @@ def require_agreement(view: FeatureView, found: Parity, scored: Rescored | None,
         )
 
 
-def batch_side(view: FeatureView, flags: argparse.Namespace) -> Batch | None:
+def batch_side(view: FeatureView, flags: argparse.Namespace) -> BatchSide | None:
     """The batch table, or the sources, to compare a live store's feature rows with; None if there is none."""
     if flags.batch_store or flags.sources:
-        return Batch.of(view, flags.batch_store, flags.sources)
+        return BatchSide.of(view, flags.batch_store, flags.sources)
     if open_table(FileSystems.join(flags.store, "features", view.name, view.fingerprint)) is not None:
-        return Batch.of(view, flags.store)
+        return BatchSide.of(view, flags.store)
     root = _last_sources(flags.store)
-    if root is None or not _has_sources(view, root):  # there may be dimensions only
+    if root is None or not _has_sources(view, root):  # there may only be dimensions
         return None
-    return Batch.of(view, root.removesuffix("/sources") if root.endswith("/sources") else None, root)
+    return BatchSide.of(view, root.removesuffix("/sources") if root.endswith("/sources") else None, root)
 
 
 def _last_sources(store: str) -> str | None:
-    """The folder of sources that the store's last live job was given."""
+    """The folder of sources of the store's last live job."""
     newest: tuple[float, str] | None = None
     for each in FileSystems.match([FileSystems.join(store, "runs", "*", "run.json")])[0].metadata_list:
         ran = read_json(each.path)
@@ -154,14 +154,16 @@ def _has_sources(view: FeatureView, root: str) -> bool:
 
 
 def example(view: FeatureView, difference: Mapping[str, object]) -> str:
-    """One difference in words."""
+    """One difference as text."""
     dtype = view.columns[str(difference["feature"])]
-    about = ", ".join(f"{name} = {shown(difference[name], view.spine.schema[name])}" for name in (*view.key, view.time))
-    live, batch = (shown(difference[side], dtype) for side in ("live", "batch"))
+    about = ", ".join(
+        f"{name} = {format_value(difference[name], view.spine.schema[name])}" for name in (*view.key, view.time)
+    )
+    live, batch = (format_value(difference[side], dtype) for side in ("live", "batch"))
     return f"{difference['feature']} of {about}: {live} live, {batch} batch"
 
 
-def full_figures(full: Full) -> dict[str, object]:
+def full_figures(full: FullComparison) -> dict[str, object]:
     """The result of the comparison with the full table, as in `run.json`, with keys older than the names here."""
     return {
         "batch": full.batch,
@@ -177,7 +179,7 @@ def full_figures(full: Full) -> dict[str, object]:
     }
 
 
-def full_table(view: FeatureView, full: Full) -> str:
+def full_table(view: FeatureView, full: FullComparison) -> str:
     """A line for each cause."""
     lines = [f"\nagainst the full batch table ({full.batch})"]
     lines.append(f"  {full.feature_rows:,} feature rows, {full.values:,} values, {full.differing:,} differ")
@@ -200,7 +202,7 @@ def full_table(view: FeatureView, full: Full) -> str:
 
 
 def rescored(definition: Definition, flags: argparse.Namespace) -> Rescored | None:
-    """The predictions scored again; None where the store has none."""
+    """The comparison of predictions; None if the store has none."""
     view, model = definition.view, definition.model
     if model is None or open_table(Outlet(view, model.name, flags.store, "").uri) is None:
         return None

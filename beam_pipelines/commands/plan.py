@@ -6,13 +6,13 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from beam_pipelines.runtime.errors import guard
-from beam_pipelines.runtime.features_arguments import Options, parse
+from beam_pipelines.runtime.features_arguments import FeaturesOptions, parse
 from beam_pipelines.runtime.plan_text import looked_lines, prepared_lines, steps
 from beam_pipelines.runtime.terminal import columns, many, wrapped
 from schemas.durations import DAY
 from schemas.features import Derived, Feature, Latest, Lookup, Trailing
 from schemas.views import FeatureView, lifetime_sources
-from transforms.features.column_reuse import Copies, reading
+from transforms.features.column_reuse import Copies, reading_features
 from transforms.features.plan import FeaturePlan
 from transforms.features.preparation import PreparedRun, prepare_features
 from transforms.records.times import as_date, day_number, day_of, days_in, days_within, midnight
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     print(wrapped(f"view {view.name}, fingerprint {view.fingerprint}, of {options.definition.path}", 0, hanging=2))
     print(wrapped(f"table {options.table}, {state}", 0, hanging=2))
     print("\nfeatures")
-    print(columns(("feature", "type", "from", "how"), list(described(view))))
+    print(columns(("feature", "type", "from", "how"), list(feature_lines(view))))
     print("\nsources")
     print(columns(("source", "first", "last", "rows", "files", "use"), list(read(view, inventory)), ("rows", "files")))
     print("\ndates")
@@ -55,8 +55,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def described(view: FeatureView) -> Iterator[tuple[str, str, str, str]]:
-    """(Name, type, source, how it is made) per feature."""
+def feature_lines(view: FeatureView) -> Iterator[tuple[str, str, str, str]]:
+    """(Name, type, source, how it is computed) per feature."""
     for feature in view.features:
         for name, source, how in _described(view, feature):
             yield name, str(view.columns[name]), source, how
@@ -110,8 +110,8 @@ def _length(reach: int) -> str:
     return f"{reach // DAY} d" if reach % DAY == 0 else f"{reach / 3_600_000_000:g} h"
 
 
-def reasons(options: Options, work: PreparedRun) -> list[tuple[int, int, str]]:
-    """(First day, last day, why) of neighbouring days with one reason."""
+def reasons(options: FeaturesOptions, work: PreparedRun) -> list[tuple[int, int, str]]:
+    """(First day, last day, reason) of neighbouring days with the same reason."""
     result: list[tuple[int, int, str]] = []
     for day, why in sorted(work.stale.reasons.items()):
         if result and result[-1][1:] == (day - 1, why):
@@ -129,7 +129,7 @@ def reasons(options: Options, work: PreparedRun) -> list[tuple[int, int, str]]:
     return [(day_number(first), days_in(last) - 1, why) for first, last in work.plan.ranges]
 
 
-def _print_dates(options: Options, work: PreparedRun, plan: FeaturePlan) -> None:
+def _print_dates(options: FeaturesOptions, work: PreparedRun, plan: FeaturePlan) -> None:
     lines = reasons(options, work)
     rows = []
     for first, last, why in lines[:MOST_LINES]:
@@ -144,7 +144,8 @@ def _print_dates(options: Options, work: PreparedRun, plan: FeaturePlan) -> None
 
 
 def spine_rows(plan: FeaturePlan, first: int, last: int) -> int:
-    """About how many spine rows lie in `[first, last)` µs, taken to spread evenly over their row groups."""
+    """The approximate number of spine rows in `[first, last)` µs, on the assumption that row groups are evenly
+    filled."""
     total = 0.0
     for each in {piece for block in plan.blocks for piece in block.spine}:
         low, high = each.low, each.high + 1
@@ -155,7 +156,7 @@ def spine_rows(plan: FeaturePlan, first: int, last: int) -> int:
 def _print_copies(view: FeatureView, copies: Copies, plan: FeaturePlan) -> None:
     """Prints which columns are copied from the older table on which days, and which are computed."""
     print(wrapped(f"from {copies.uri}, version {copies.version}", hanging=2))
-    every = reading(view)
+    every = reading_features(view)
     rows = []
     days = days_within(plan.ranges)
     for first, last, names in _spans(copies, days):
@@ -174,7 +175,7 @@ def _print_copies(view: FeatureView, copies: Copies, plan: FeaturePlan) -> None:
 
 
 def _spans(copies: Copies, days: Sequence[int]) -> list[tuple[int, int, tuple[str, ...]]]:
-    """(First day, last day, columns copied) of neighbouring days that are alike."""
+    """(First day, last day, copied columns) of neighbouring days with the same columns."""
     result: list[tuple[int, int, tuple[str, ...]]] = []
     for day in days:
         names = copies.columns.get(day, ())

@@ -20,33 +20,33 @@ from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.run_report import Run, execute
-from beam_pipelines.training import Options, resolve, train_and_test
+from beam_pipelines.training import TrainingOptions, resolve, train_and_test
 from schemas.durations import instant
 from schemas.errors import DataError, MismatchError, StoreError
 from schemas.loading import load_recorded
-from transforms.evaluation.evaluate import Report, as_json
-from transforms.models.bundle import Bundle, load
+from transforms.evaluation.evaluate import Report, metrics_record
+from transforms.models.bundle import Bundle, load_bundle
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.stored_records import ModelManifest, ProvenanceRecord, RetrainingRecord
 from transforms.storage.delta_log import root_of
-from transforms.storage.delta_tables import write_aside
+from transforms.storage.delta_tables import write_file_atomically
 from transforms.storage.file_systems import FileSystems
 from transforms.training.examples import ExamplesAccount, delete_files
-from transforms.training.preparation import code_digest, constraints_digest, relative_to, within
+from transforms.training.preparation import code_digest, constraints_digest, path_within_source, path_within_store
 from transforms.training.publish_model import read_record
 from transforms.training.trainer import Trained
-from transforms.training.trial_log import metrics_of
+from transforms.training.trial_log import logged_metrics
 
 AGAIN = "retrain.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A version trained again, beside the registered one.
+    """The comparison of a version that was trained again with the registered one.
 
     Args:
         metrics: test metrics of the new training.
-        apart: by metric, the registered and the new value where they differ.
+        apart: by metric, the registered and the new value if they differ.
         same_model: whether booster and encoders are the same.
     """
 
@@ -55,7 +55,7 @@ class Comparison:
     same_model: bool
 
     def require_same(self, what: str, causes: Sequence[str]) -> None:
-        """Refuse any difference.
+        """Checks that there is no difference.
 
         Raises:
             MismatchError: the model or a metric differs.
@@ -71,18 +71,18 @@ class Comparison:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train a registered version again and compare; 0 when model and metrics are the same to the last bit."""
+    """Trains a registered version again and compares; returns 0 if model and metrics are the same to the last bit."""
     flags, rest = _arguments().parse(argv)
     registry = Registry(registry_uri(flags.store, flags.registry))
     name = flags.model or only_model(registry)
     version, folder = registry.resolve(name, flags.version)
-    bundle = load(folder)
+    bundle = load_bundle(folder)
     with (
-        recorded(bundle, flags.store, registry.uri, flags.run_id, tuple(rest)) as options,
+        recorded_options(bundle, flags.store, registry.uri, flags.run_id, tuple(rest)) as options,
         Run("retrain", flags.run_id, options.folder) as run,
     ):
         differences = train_again(bundle, options)
-        found = compared(bundle, options, metrics_of(registry, name, version))
+        found = compare_again(bundle, options, logged_metrics(registry, name, version))
         same = {"same_metrics": not found.apart, "same_model": found.same_model}
         run.update({"model": name, "version": version, **found.metrics, **same})
         delete_files([options.examples])
@@ -98,8 +98,8 @@ def _arguments() -> Arguments:
     return arguments
 
 
-def train_again(bundle: Bundle, options: Options) -> list[str]:
-    """Run the training pipeline up to its test, and return what differs from the conditions of the first training."""
+def train_again(bundle: Bundle, options: TrainingOptions) -> list[str]:
+    """Runs the training pipeline up to its test, and returns what differs from the conditions of the first training."""
     plan, provenance = resolve(options)
     differences = changed(bundle, provenance)
     for each in differences:
@@ -113,10 +113,10 @@ def train_again(bundle: Bundle, options: Options) -> list[str]:
     return differences
 
 
-def compared(bundle: Bundle, options: Options, before: Mapping[str, float]) -> Comparison:
-    """Compare the model that `train_again` left with the registered `bundle` and its metrics `before`."""
+def compare_again(bundle: Bundle, options: TrainingOptions, before: Mapping[str, float]) -> Comparison:
+    """Compares the model that `train_again` left with the registered `bundle` and its metrics `before`."""
     found = read_record(RetrainingRecord, options.folder, AGAIN)
-    again = load(options.bundle)
+    again = load_bundle(options.bundle)
     now = {f"test_{metric}": value for metric, value in found["metrics"].items() if value is not None}
     apart = {metric: (before.get(metric), value) for metric, value in now.items() if before.get(metric) != value}
     return Comparison(now, apart, again.booster == bundle.booster and again.encoders == bundle.encoders)
@@ -136,7 +136,9 @@ def only_model(registry: Registry) -> str:
 
 
 @contextlib.contextmanager
-def recorded(bundle: Bundle, store: str, registry: str, run_id: str, beam_args: tuple[str, ...]) -> Iterator[Options]:
+def recorded_options(
+    bundle: Bundle, store: str, registry: str, run_id: str, beam_args: tuple[str, ...]
+) -> Iterator[TrainingOptions]:
     """The options of the run that trained the bundle, with another run id.
 
     The recorded definition is a file for as long as the context is open.
@@ -156,7 +158,7 @@ def recorded(bundle: Bundle, store: str, registry: str, run_id: str, beam_args: 
     with tempfile.TemporaryDirectory() as folder:
         recorded = manifest["definition"]
         name = str(recorded["name"])
-        if "modules" not in recorded:  # earlier versions of Millrace kept the one file
+        if "modules" not in recorded:  # earlier versions of Millrace kept only the file of the definition
             name = "definition.py"
         definition = load_recorded(name, recorded["source"], recorded.get("modules", {}), Path(folder))
         if definition.view.fingerprint != bundle.fingerprint:
@@ -166,10 +168,10 @@ def recorded(bundle: Bundle, store: str, registry: str, run_id: str, beam_args: 
                 "Use the code version that trained it: " + str(manifest.get("code_version")),
             )
         cutoff = instant(read["cutoff"]).date()
-        yield Options(
+        yield TrainingOptions(
             definition=definition,
             store=store,
-            sources=sources_folder(manifest, store),
+            sources=recorded_sources_folder(manifest, store),
             run_id=run_id,
             features_version=manifest["feature_table"]["version"],
             start=date.fromisoformat(read["start"]) if read["start"] else None,
@@ -184,12 +186,12 @@ def recorded(bundle: Bundle, store: str, registry: str, run_id: str, beam_args: 
         )
 
 
-def sources_folder(manifest: ModelManifest, store: str) -> str:
-    """The folder of sources that a version was trained on; one within its store is found in `store`."""
+def recorded_sources_folder(manifest: ModelManifest, store: str) -> str:
+    """The folder of sources on which a version was trained; a folder within its store is found in `store`."""
     sources, table = str(manifest["read"]["sources"]), str(manifest["feature_table"]["uri"])
     if "://" in sources or os.path.isabs(sources):
         # Earlier versions of Millrace recorded whole paths: <store>/features/<view>/<fingerprint> gives the store.
-        sources = within(root_of(table).rsplit("/", 3)[0], sources)
+        sources = path_within_store(root_of(table).rsplit("/", 3)[0], sources)
     return sources if "://" in sources or os.path.isabs(sources) else FileSystems.join(store, sources)
 
 
@@ -223,21 +225,21 @@ def changed(bundle: Bundle, provenance: ProvenanceRecord) -> list[str]:
 
 
 def _label_files(manifest: ProvenanceRecord, content: bool) -> Mapping[str, str]:
-    """What identifies each file of the label's source, by path: its content, or its size and time of change.
+    """What identifies each file of the label's source, by path: its content, or its size and time of modification.
 
-    Earlier versions of Millrace recorded the latter alone.
+    Earlier versions of Millrace recorded only the latter.
     """
     if content:
         digests: Mapping[str, str] = manifest["label_content"]
         return digests
     pairs = (each.partition(" ") for each in manifest["label_files"])
-    return {relative_to(str(manifest["label_table"]["uri"]), path): stamp for stamp, _, path in pairs}
+    return {path_within_source(str(manifest["label_table"]["uri"]), path): stamp for stamp, _, path in pairs}
 
 
 def leave(report: Report, trained: Trained, account: ExamplesAccount, folder: str) -> None:
-    """Write the report where the launching process reads it."""
-    content: RetrainingRecord = {**as_json(report), "digest": trained.digest, "feature_rows": account.rows}
-    write_aside(folder, AGAIN, pa.py_buffer(json.dumps(content).encode()))
+    """Writes the report where the launching process reads it."""
+    content: RetrainingRecord = {**metrics_record(report), "digest": trained.digest, "feature_rows": account.rows}
+    write_file_atomically(folder, AGAIN, pa.py_buffer(json.dumps(content).encode()))
 
 
 if __name__ == "__main__":

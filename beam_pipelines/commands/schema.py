@@ -1,4 +1,4 @@
-"""schema: `infer`, `check` and `update` the schema.pbtxt that a use case's features must keep."""
+"""schema: `infer`, `check` and `update` the schema.pbtxt that a use case's features must satisfy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from beam_pipelines.runtime.errors import guard
 from schemas.durations import DAY, microseconds
 from schemas.errors import DataError, DefinitionError, StoreError, nearest
 from schemas.loading import Definition, load_definition
-from transforms.storage.delta_tables import DataFile, data_files, groups, newest_version, open_table, read_group
+from transforms.storage.delta_tables import DataFile, data_files, file_groups, newest_version, open_table, read_group
 from transforms.storage.paths import features_uri
 from transforms.validation.publish_check import (
     committed_statistics,
@@ -26,16 +26,23 @@ from transforms.validation.publish_check import (
     read_statistics,
     statistics_path,
 )
-from transforms.validation.statistics import describe, nothing, proto, view_columns
-from transforms.validation.tfdv_schema import Anomaly, infer_schema, parse_schema, schema_text, update_schema, validate
+from transforms.validation.statistics import describe_batch, describe_nothing, statistics_proto, view_columns
+from transforms.validation.tfdv_schema import (
+    Anomaly,
+    find_anomalies,
+    infer_schema,
+    parse_schema,
+    schema_text,
+    update_schema,
+)
 
-# More intervals than that say little more about how far two of them lie apart.
+# More intervals would add little information about the distance between two of them.
 PIECES = 60
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Options:
-    """The options of one run.  `run_id` is None if none was named."""
+class SchemaOptions:
+    """The options of one run.  `run_id` is None if the flag was not given."""
 
     definition: Definition
     store: str
@@ -55,7 +62,7 @@ class Options:
         return f"--definition {self.definition.name} --store {self.store}"
 
 
-def parse(action: str, argv: Sequence[str]) -> Options:
+def parse(action: str, argv: Sequence[str]) -> SchemaOptions:
     """Options from flags.
 
     Raises:
@@ -76,9 +83,9 @@ def parse(action: str, argv: Sequence[str]) -> Options:
     if rest:
         arguments.error(f"unknown flag {rest[0]}")
     definition = load_definition(flags.definition)
-    # Arguments names every run; here a name is only meant if it was given.
+    # `Arguments` gives every run an id; here only an id from the flag counts.
     named = any(word.split("=")[0] == "--run_id" for word in argv)
-    return Options(
+    return SchemaOptions(
         definition,
         flags.store,
         flags.schema or definition.schema_path,
@@ -97,8 +104,8 @@ def _days(text: str) -> int:
     return length // DAY
 
 
-def infer(options: Options) -> int:
-    """Write a first schema from the rows of the feature table (all, or of --start to --end)."""
+def infer(options: SchemaOptions) -> int:
+    """Write a first schema from the rows of the feature table (all, or those of --start to --end)."""
     if os.path.exists(options.schema) and not options.force:
         raise DefinitionError(
             "infer writes a first schema",
@@ -117,17 +124,17 @@ def infer(options: Options) -> int:
     return 0
 
 
-def check(options: Options) -> int:
-    """Print where statistics break the schema; exit code 7 if they do."""
+def check(options: SchemaOptions) -> int:
+    """Print where statistics violate the schema; exit code 7 if they do."""
     schema = read(options)
     meant, statistics, previous = chosen(options)
-    found = validate(statistics, schema, previous, meant)
+    found = find_anomalies(statistics, schema, previous, meant)
     print(listed(found, meant, options.schema))
     return 7 if found else 0
 
 
-def update(options: Options) -> int:
-    """Change the schema as little as needed for the statistics to match it, and show the difference."""
+def update(options: SchemaOptions) -> int:
+    """Change the schema as little as needed for the statistics to satisfy it, and show the difference."""
     schema = read(options)
     meant, statistics, previous = chosen(options)
     changed = update_schema(schema, statistics, view_columns(options.definition.view), previous)
@@ -140,7 +147,7 @@ def update(options: Options) -> int:
         write(options.schema, after)
         lines = difflib.unified_diff(before.splitlines(True), after.splitlines(True), "before", options.schema)
         print("".join(lines), end="")
-    left = validate(statistics, changed, previous, meant)
+    left = find_anomalies(statistics, changed, previous, meant)
     if left:
         print(f"{listed(left, meant, options.schema)}\n  No schema allows these: run once with --allow_anomalies")
     return 0
@@ -149,11 +156,11 @@ def update(options: Options) -> int:
 ACTIONS = {"infer": infer, "check": check, "update": update}
 
 
-def chosen(options: Options) -> tuple[str, DatasetFeatureStatisticsList, DatasetFeatureStatisticsList | None]:
-    """What statistics are meant, these, and those to measure drift from.
+def chosen(options: SchemaOptions) -> tuple[str, DatasetFeatureStatisticsList, DatasetFeatureStatisticsList | None]:
+    """A description of the chosen statistics, the statistics, and those from which to measure drift.
 
-    Of the rows of --start to --end if one is given; else those that the run --run_id left, stopped or not; else those
-    of the newest commit; else, where commits have none, of all rows.
+    They are those of the rows of --start to --end if one is given; else those that the run --run_id left, whether it
+    was stopped or not; else those of the newest commit; else, if commits have none, those of all rows.
     """
     if options.start or options.end:
         return f"rows of [{options.start or '…'}, {options.end or '…'})", statistics_of_rows(options), None
@@ -172,19 +179,19 @@ def chosen(options: Options) -> tuple[str, DatasetFeatureStatisticsList, Dataset
     return f"run {run_id}, {account['interval']}", statistics, previous
 
 
-def statistics_of_rows(options: Options) -> DatasetFeatureStatisticsList:
+def statistics_of_rows(options: SchemaOptions) -> DatasetFeatureStatisticsList:
     """Statistics of the table's rows in the interval.
 
     Raises:
         DataError: there are none.
     """
-    return statistics_of_files(options, files_of(options))
+    return statistics_of_files(options, files_of_interval(options))
 
 
-def statistics_of_pieces(options: Options) -> list[DatasetFeatureStatisticsList]:
+def statistics_of_pieces(options: SchemaOptions) -> list[DatasetFeatureStatisticsList]:
     """Statistics of the newest whole intervals of `every` days, at most `PIECES`, oldest first."""
     pieces: dict[int, list[DataFile]] = {}
-    files = files_of(options)
+    files = files_of_interval(options)
     for file in files:
         pieces.setdefault((file.date - files[0].date).days // options.every, []).append(file)
     last = (files[-1].date - files[0].date).days + 1
@@ -192,7 +199,7 @@ def statistics_of_pieces(options: Options) -> list[DatasetFeatureStatisticsList]
     return [statistics_of_files(options, pieces[index]) for index in whole[-PIECES:]]
 
 
-def files_of(options: Options) -> list[DataFile]:
+def files_of_interval(options: SchemaOptions) -> list[DataFile]:
     """The table's files in the interval, by date."""
     table = open_table(options.table)
     files = [] if table is None else data_files(table, options.start, options.end)
@@ -206,20 +213,20 @@ def files_of(options: Options) -> list[DataFile]:
     return files
 
 
-def statistics_of_files(options: Options, files: Sequence[DataFile]) -> DatasetFeatureStatisticsList:
+def statistics_of_files(options: SchemaOptions, files: Sequence[DataFile]) -> DatasetFeatureStatisticsList:
     """Statistics of the files' rows."""
     columns = view_columns(options.definition.view)
-    total = nothing(columns)
-    for group in groups(files):
-        total = total + describe(read_group(group, columns.names), columns)
-    return proto(total)
+    total = describe_nothing(columns)
+    for group in file_groups(files):
+        total = total + describe_batch(read_group(group, columns.names), columns)
+    return statistics_proto(total)
 
 
-def read(options: Options) -> Schema:
-    """The schema as it stands.
+def read(options: SchemaOptions) -> Schema:
+    """The present schema.
 
     Raises:
-        DefinitionError: there is none, or it is not one.
+        DefinitionError: there is no schema, or the file is not one.
     """
     text = read_schema(options.schema, required=False)
     if text is None:
@@ -232,7 +239,7 @@ def read(options: Options) -> Schema:
 
 
 def listed(found: Sequence[Anomaly], meant: str, schema: str) -> str:
-    """The anomalies, one a line."""
+    """The anomalies, one per line."""
     if not found:
         return f"{meant}: keeps {schema}"
     count = "1 anomaly" if len(found) == 1 else f"{len(found)} anomalies"
@@ -240,7 +247,7 @@ def listed(found: Sequence[Anomaly], meant: str, schema: str) -> str:
 
 
 def write(path: str, text: str) -> None:
-    """Whole or not at all.
+    """Writes the whole file or nothing.
 
     Raises:
         StoreError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""trace: follow a feature row or a prediction back to what it was made from."""
+"""trace: follow a feature row or a prediction back to its sources."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from transforms.lineage.trace import (
     commit_of,
     find_prediction,
     find_rows,
-    key_of,
-    origin,
+    origin_of,
+    parse_key,
     view_table,
 )
 from transforms.models.bundle import model_manifest
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.stored_records import ModelManifest, TableVersion
 from transforms.records.times import as_date
-from transforms.records.value_text import shown
+from transforms.records.value_text import format_value
 from transforms.storage.delta_log import CommitInfo
 from transforms.storage.delta_log import root_of as root_of_uri
 from transforms.storage.delta_tables import TableRow, open_table, table_root
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.paths import features_live_uri, path_in_store, present_path
+from transforms.storage.paths import features_live_uri, present_path, table_path_in_store
 
 DAYS_SHOWN = 8
 
@@ -76,7 +76,7 @@ def trace(argv: Sequence[str]) -> int:
 
 def _trace_row(flags: argparse.Namespace, definition: Definition, moment: datetime | None) -> None:
     view = definition.view
-    key = key_of(view, flags.key)
+    key = parse_key(view, flags.key)
     whole_day = moment is not None and len(flags.time) == 10
     exact = {} if moment is None or whole_day else {view.time: moment}
     erased = erased_row(flags.store, view, {**key, **exact}, flags.live) if exact else None
@@ -110,7 +110,7 @@ def _trace_row(flags: argparse.Namespace, definition: Definition, moment: dateti
             print(f"  {row[view.time].isoformat()}")
         print()
     file, row = found[-1]
-    _print_origin(origin(view, table, file, row), definition, flags)
+    _print_origin(origin_of(view, table, file, row), definition, flags)
 
 
 def _print_erased(record: ErasureRecord, what: str) -> None:
@@ -119,11 +119,13 @@ def _print_erased(record: ErasureRecord, what: str) -> None:
 
 def _print_origin(found: Origin, definition: Definition, flags: argparse.Namespace) -> None:
     view, row = definition.view, found.row
-    key = ", ".join(f"{name} = {shown(row[name], view.spine.schema[name])}" for name in view.key)
+    key = ", ".join(f"{name} = {format_value(row[name], view.spine.schema[name])}" for name in view.key)
     print(f"{view.name}: {key} at {row[view.time].isoformat()}, row_id {row['row_id']}")
     print(
         columns(
-            ("feature", "value"), [(name, shown(row[name], dtype)) for name, dtype in view.columns.items()], ("value",)
+            ("feature", "value"),
+            [(name, format_value(row[name], dtype)) for name, dtype in view.columns.items()],
+            ("value",),
         )
     )
     print("\ntable")
@@ -220,13 +222,17 @@ def _trace_prediction(
 
 
 def _print_prediction(table: DeltaTable, row: TableRow, entry: CommitInfo, live: bool) -> None:
-    """Prints a prediction, its table, and the commit that brought it."""
+    """Prints a prediction, its table, and the commit that added it."""
     types = {field.name: pl.Float32() for field in table.schema().fields if field.type == PrimitiveType("float")}
     print(f"prediction {row['prediction_id']} of {row['model']}{', live' if live else ''}")
     print(
         columns(
             ("column", "value"),
-            [(column, shown(value, types.get(column))) for column, value in row.items() if column != "prediction_id"],
+            [
+                (column, format_value(value, types.get(column)))
+                for column, value in row.items()
+                if column != "prediction_id"
+            ],
         )
     )
     print("\ntable")
@@ -255,7 +261,7 @@ def _print_model(name: str, store: str, folder: str, manifest: ModelManifest) ->
 
 
 def _here(store: str, table: str) -> str:
-    """A feature table, perhaps with @ and a version, where it lies now: stores may be moved."""
+    """The present path of a feature table, possibly with @ and a version: stores may be moved."""
     uri, at, version = table.rpartition("@") if "@" in table.rsplit("/", 1)[-1] else (table, "", "")
     return present_path(store, uri, "features") + at + version
 
@@ -272,7 +278,7 @@ def _print_label_files(store: str, files: Sequence[str]) -> None:
 
 def _print_trained(store: str, trained: TableVersion) -> None:
     """What the training table was made from."""
-    uri = FileSystems.join(store, *path_in_store(trained["uri"]).split("/")) if trained else ""
+    uri = FileSystems.join(store, *table_path_in_store(trained["uri"]).split("/")) if trained else ""
     table = open_table(uri, trained["version"]) if trained else None
     if table is None:
         return
@@ -288,7 +294,7 @@ def _print_trained(store: str, trained: TableVersion) -> None:
 
 
 def _print_feature_row(flags: argparse.Namespace, definition: Definition, row: TableRow) -> None:
-    """Prints the feature row that a live prediction was made from, and where that came from if the store has it."""
+    """Prints the feature row of a live prediction, and its origin if the store has it."""
     view = definition.view
     print("\nthe feature row that was scored")
     print_scored(view, row)
@@ -297,14 +303,15 @@ def _print_feature_row(flags: argparse.Namespace, definition: Definition, row: T
     if table is None or not found:
         print("  it is not in the live feature table of this store and definition")
         return
-    _print_origin(origin(view, table, *found[0]), definition, flags)
+    _print_origin(origin_of(view, table, *found[0]), definition, flags)
 
 
 def _print_scored(flags: argparse.Namespace, features: str, definition: Definition, row: TableRow) -> None:
-    """Where the scored row came from, in the version of the feature table that was scored if that is still there."""
+    """Prints the origin of the scored row, from the version of the feature table that was scored if that is still
+    there."""
     uri, _, version = features.rpartition("@")
     table = None
-    if version.isdigit() and path_in_store(uri).startswith(
+    if version.isdigit() and table_path_in_store(uri).startswith(
         f"features/{definition.view.name}/{definition.view.fingerprint}"
     ):
         with contextlib.suppress(StoreError):
@@ -312,7 +319,7 @@ def _print_scored(flags: argparse.Namespace, features: str, definition: Definiti
     print(f"\nthe row that was scored{'' if table else ', as the feature table has it now'}")
     table = table or view_table(flags.store, definition.view)
     for file, found in find_rows(table, {"row_id": row["row_id"]}, row["date"]):
-        _print_origin(origin(definition.view, table, file, found), definition, flags)
+        _print_origin(origin_of(definition.view, table, file, found), definition, flags)
 
 
 def _when(entry: CommitInfo) -> str:

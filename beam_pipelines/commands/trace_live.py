@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from beam_pipelines.runtime.terminal import many, wrapped
 from schemas.views import FeatureView
-from transforms.lineage.live_trace import Looked, Visible, looked_up, visible_to
+from transforms.lineage.live_trace import DimensionUsed, LiveVisibleSource, dimensions_used, visible_to
 from transforms.storage.delta_tables import TableRow
 
 
@@ -12,8 +12,8 @@ def print_seen(view: FeatureView, store: str, row: TableRow, days: bool, most: i
     """Prints where the spine row of a live feature row came from, and what the feature row could see.
 
     Args:
-        row: of the live feature table.
-        days: list the days of each source however many; else up to `most`.
+        row: a row of the live feature table.
+        days: list all days of each source; otherwise up to `most`.
     """
     late = ", after the watermark of its partition" if row["__late"] else ""
     print("\nquestion")
@@ -21,12 +21,12 @@ def print_seen(view: FeatureView, store: str, row: TableRow, days: bool, most: i
     print("\nsources, as the feature row could see them")
     for each in visible_to(view, store, row):
         _print_visible(each, days, most)
-    for dimension in looked_up(store, row):
+    for dimension in dimensions_used(store, row):
         _print_looked(dimension)
 
 
 def print_scored(view: FeatureView, row: TableRow) -> None:
-    """Prints which feature row a live prediction was made from, and when."""
+    """Prints the feature row from which a live prediction was made, and when."""
     where = _position(f"{view.name}.features", row)
     print(
         wrapped(
@@ -41,7 +41,7 @@ def _position(topic: str, row: TableRow) -> str:
     return f"{topic}: partition {row['__partition']}, offset {row['__offset']}, row {row['__place']} of the message"
 
 
-def _print_visible(each: Visible, days: bool, most: int) -> None:
+def _print_visible(each: LiveVisibleSource, days: bool, most: int) -> None:
     upto = (
         ", ".join(f"{partition if partition >= 0 else 'history'}: {offset}" for partition, offset in each.cut.items())
         or "nothing"
@@ -58,5 +58,5 @@ def _print_visible(each: Visible, days: bool, most: int) -> None:
             print(f"    {day}  {count:>9,} rows")
 
 
-def _print_looked(each: Looked) -> None:
+def _print_looked(each: DimensionUsed) -> None:
     print(wrapped(f"{each.source}: dimension, version {each.version} ({each.path or 'no longer kept'})", hanging=2))

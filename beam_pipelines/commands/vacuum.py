@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 from beam_pipelines.runtime.arguments import Arguments
-from beam_pipelines.runtime.terminal import columns, size, wrapped
+from beam_pipelines.runtime.terminal import columns, format_size, wrapped
 from beam_pipelines.runtime.trained_models import trained
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError
 from transforms.storage.paths import tables_below
 from transforms.storage.run_markers import require_no_erasure, running_runs
-from transforms.storage.vacuum import VacuumRules, Waste, at_work, pins_of, remove, waste_of, waste_of_runs
+from transforms.storage.vacuum import VacuumRules, Waste, at_work, pins_of, remove_waste, waste_of, waste_of_runs
 
 HOUR = timedelta(hours=1)
 
@@ -53,8 +53,8 @@ def vacuum(argv: Sequence[str]) -> int:
     waste = [each for name in names for each in waste_of(flags.store, name, rules)] + waste_of_runs(flags.store, rules)
     _print_waste(waste, names, rules, flags.dry_run)
     if not flags.dry_run:
-        count, total = remove(waste)
-        print(f"removed {count:,} files, {size(total)}")
+        count, total = remove_waste(waste)
+        print(f"removed {count:,} files, {format_size(total)}")
     return 0
 
 
@@ -72,7 +72,7 @@ def _print_waste(waste: Sequence[Waste], names: Sequence[str], rules: VacuumRule
     for name in sorted({*names, *(each.table for each in waste)}):
         mine = [each for each in waste if each.table == name]
         slots = [str(sum(each.kind == kind for each in mine) or "") for kind in kinds]
-        rows.append((name, *slots, size(sum(each.file.bytes for each in mine)) if mine else ""))
+        rows.append((name, *slots, format_size(sum(each.file.bytes for each in mine)) if mine else ""))
     print(columns(("table", *kinds.values(), "bytes"), rows, [*kinds.values(), "bytes"], indent=0))
     kept = sorted({(pin.table, pin.version) for pin in rules.pins})
     for table, version in kept:
@@ -90,4 +90,4 @@ def _print_waste(waste: Sequence[Waste], names: Sequence[str], rules: VacuumRule
     if dry:
         for each in waste:
             print(f"would remove {each.kind} {each.file.path}")
-        print(f"would remove {len(waste):,} files, {size(sum(each.file.bytes for each in waste))}")
+        print(f"would remove {len(waste):,} files, {format_size(sum(each.file.bytes for each in waste))}")

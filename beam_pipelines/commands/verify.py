@@ -1,4 +1,4 @@
-"""verify: rows of a feature table computed again, plainly, from all rows of the sources."""
+"""verify: computes rows of a feature table again, by plain code, from all rows of the sources."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from schemas.errors import DataError
 from schemas.loading import load_definition
 from schemas.views import FeatureView
 from transforms.sources.inventory import take_inventory
-from transforms.sources.listing import unchanged
+from transforms.sources.listing import require_unchanged
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_uri
-from transforms.verification.check import ROWS, Amount, Verification, Verified
+from transforms.verification.check import VERIFIED_ROWS, SampleSize, Verification, Verified
 
 
 def main(argv: Sequence[str]) -> int:
-    """0 when no value differs; 5 and the row, its feature and both values when one does."""
+    """Returns 0 if no value differs, else 5; prints a row that differs, its feature and both values."""
     arguments = Arguments(
         "millrace verify", "Compute rows of a feature table again by plain code, from all rows of the sources."
     )
     arguments.add_interval("spine rows")
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
-    arguments.add_argument("--rows", type=some_or_all, default=ROWS, metavar="N|all", help=f"how many (default {ROWS})")
+    arguments.add_argument(
+        "--rows", type=some_or_all, default=VERIFIED_ROWS, metavar="N|all", help=f"how many (default {VERIFIED_ROWS})"
+    )
     arguments.add_argument(
         "--live", action="store_true", help="live feature rows, each from the rows that it could see"
     )
@@ -61,10 +63,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def verify_table(view: FeatureView, flags: argparse.Namespace, rows: int | None) -> Verified:
-    """Verify rows of the view's batch table.
+    """Verifies rows of the view's batch table.
 
     Raises:
-        DataError: it has none in the interval.
+        DataError: it has no rows in the interval.
     """
     table = open_table(features_uri(flags.store, view.name, view.fingerprint))
     files = [] if table is None else data_files(table, flags.start, flags.end)
@@ -72,8 +74,8 @@ def verify_table(view: FeatureView, flags: argparse.Namespace, rows: int | None)
         raise DataError(f"View {view.name!r} has rows to verify", f"none in {flags.store}", "Run: millrace features")
     inventory = take_inventory(view, flags.sources or FileSystems.join(flags.store, "sources"), time.time_ns() // 1000)
     contracts = {view.spine.name: inventory.spine, **inventory.contracts}
-    found = Verification(view, contracts, inventory.slices, Amount(rows), flags.run_id).of_files(files)
-    return unchanged(found, inventory.listings)
+    found = Verification(view, contracts, inventory.slices, SampleSize(rows), flags.run_id).of_files(files)
+    return require_unchanged(found, inventory.listings)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,2 @@
-"""What every pipeline and command runs on: arguments, errors, run report, local runner, job supervisor, terminal."""
+"""The environment of every pipeline and command: arguments, errors, run report, local runner, job supervisor,
+terminal."""

@@ -10,7 +10,8 @@ from urllib.parse import unquote, urlsplit
 
 from schemas.errors import DefinitionError, StoreError
 
-# Object stores that both Beam and delta-rs know: what Beam needs for each, and what installs it.
+# Object stores that both Beam and delta-rs support: the module that Beam needs for each, and the package that installs
+# it.
 REMOTE = {
     "gs": ("google.cloud.storage", "pip install 'apache-beam[gcp]'"),
     "s3": ("boto3", "pip install 'apache-beam[aws]'"),
@@ -18,14 +19,14 @@ REMOTE = {
 
 
 def usable_address(flag: str, address: str, beam_args: Sequence[str]) -> str:
-    """`address` as the pipelines take it: a path, or an address in an object store that can be reached from here.
+    """`address` in the form that pipelines take: a path, or an address in an object store that this process can use.
 
     Args:
-        flag: that names it, for messages.
+        flag: the flag that has the address, for messages.
         beam_args: flags for Beam; its file systems take their options from them.
 
     Raises:
-        DefinitionError: it is no path.
+        DefinitionError: it is not a path.
         StoreError: nothing can be stored at such an address. Nothing was sent over the network.
     """
     if not address or "\0" in address:
@@ -56,12 +57,12 @@ def usable_address(flag: str, address: str, beam_args: Sequence[str]) -> str:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a package above it
+    except ModuleNotFoundError:  # a package above the module
         return False
 
 
 def _prepare_beam(beam_args: Sequence[str]) -> None:
-    """Gives Beam's file systems their options, which a pipeline would do only when it is made."""
+    """Gives Beam's file systems their options; a pipeline would do so only when it is created."""
     from apache_beam.io.filesystems import FileSystems
     from apache_beam.options.pipeline_options import PipelineOptions
 
@@ -71,5 +72,5 @@ def _prepare_beam(beam_args: Sequence[str]) -> None:
 
 
 def local_path(path: str) -> str:
-    """An absolute path; an address in an object store as it is."""
+    """An absolute path; an address in an object store stays unchanged."""
     return path if "://" in path else os.path.abspath(path)

@@ -15,12 +15,12 @@ from typing import NoReturn
 from beam_pipelines.runtime.addresses import local_path, usable_address
 from schemas.errors import DefinitionError, nearest
 
-# If more than half of the rows are rejected, the source itself is at fault.
+# If more than half of the rows are rejected, the source itself is wrong.
 MAX_DEAD_FRACTION = 0.5
 
 
 class Arguments(argparse.ArgumentParser):
-    """An argparse parser that passes unknown flags on to Beam, unless one is a near miss of ours.
+    """An argparse parser that passes unknown flags on to Beam, unless one is almost a flag of Millrace.
 
     >>> arguments = Arguments("millrace features", "Compute features.")
     >>> namespace, beam_args = arguments.parse(["--definition", "d", "--store", "s", "--runner=PrismRunner"])
@@ -49,14 +49,14 @@ class Arguments(argparse.ArgumentParser):
             self.add_argument(
                 "--run_id",
                 default=None,
-                type=identifier,
+                type=file_name_part,
                 help="id of the run; a run with the same id is resumed (default: a new one)",
             )
 
     def add_interval(self, of: str) -> None:
         """Add --start and --end."""
-        self.add_argument("--start", type=day, help=f"first UTC day of {of}, like 2013-01-01 (default: the first)")
-        self.add_argument("--end", type=day, help="the UTC day after the last (default: the day after the last)")
+        self.add_argument("--start", type=utc_day, help=f"first UTC day of {of}, like 2013-01-01 (default: the first)")
+        self.add_argument("--end", type=utc_day, help="the UTC day after the last (default: the day after the last)")
 
     def add_schema(self) -> None:
         """Add --schema."""
@@ -79,8 +79,8 @@ class Arguments(argparse.ArgumentParser):
         """Parse Millrace's flags; returns them and the flags for Beam.
 
         Raises:
-            DefinitionError: an unknown flag is within two letters of one of ours, a word belongs to no flag, or the
-                interval is empty.
+            DefinitionError: an unknown flag differs by at most two letters from one of Millrace's, a word belongs to no
+                flag, or the interval is empty.
             StoreError: nothing can be stored at the address of --store or --sources.
         """
         namespace, rest = self.parse_known_args(list(argv))
@@ -123,10 +123,10 @@ class Arguments(argparse.ArgumentParser):
 
 
 def require_usable_path(flag: str, text: str | None) -> None:
-    """Refuse a path that a library below would take for another one, before anything is written.
+    """Refuses a path that a library would read as another one, before anything is written.
 
-    delta-rs decodes `%20` in a path, reads a backslash as a slash, and takes no control characters; neither libraries
-    nor logs take bytes that are not UTF-8.
+    delta-rs decodes `%20` in a path, reads a backslash as a slash, and accepts no control characters; neither libraries
+    nor logs accept bytes that are not UTF-8.
 
     Raises:
         DefinitionError: see above.
@@ -160,7 +160,7 @@ def _known_to_beam(flag: str) -> bool:
     return flag in parser._option_string_actions
 
 
-def day(text: str) -> date:
+def utc_day(text: str) -> date:
     """Parse a UTC day."""
     try:
         return date.fromisoformat(text)
@@ -170,7 +170,7 @@ def day(text: str) -> date:
         ) from None
 
 
-def identifier(text: str) -> str:
+def file_name_part(text: str) -> str:
     """Check that the text can be part of file names."""
     if not text or not all(letter.isalnum() or letter in "-_" for letter in text) or len(text) > 64:
         raise argparse.ArgumentTypeError(f"{text!r} is not made of letters, digits, - and _")
@@ -178,7 +178,7 @@ def identifier(text: str) -> str:
 
 
 def _within(text: str, accepts: Callable[[float], bool], what: str) -> float:
-    """A number that is accepted; NaN never is."""
+    """Whether a number is between two bounds; NaN never is."""
     with contextlib.suppress(ValueError):
         if accepts(value := float(text)):
             return value
@@ -205,12 +205,12 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     return parsed
 
 
-def number(text: str) -> float:
+def finite_number(text: str) -> float:
     """Parse a finite number that is not negative."""
     return _within(text, lambda value: 0 <= value < float("inf"), "a number from 0 on")
 
 
-# XGBoost starts as many threads as it is told to.
+# XGBoost starts any requested number of threads.
 threads = whole(0, 1024)
 
 

@@ -1,5 +1,5 @@
-"""Changes to Beam's workers in this process: what they print, where they listen, how often they look at a step, and
-when a bundle of theirs ends.
+"""Changes to Beam's workers in this process: what they print, where they listen, how often they inspect a step, and
+when a bundle ends.
 
 With the environment LOOPBACK, and in local batch pipelines, the workers are threads of the launcher.  Beam has no
 options for this, so this module replaces a few names and a default in Beam's worker modules;
@@ -24,9 +24,9 @@ from apache_beam.transforms import userstate
 # State and timers of a DoFn.
 Specs = tuple[set[userstate.StateSpec], set[userstate.TimerSpec]]
 
-# Loggers of the worker modules that log a lost connection with its traceback.
+# Loggers of those worker modules that log a lost connection with its traceback.
 LOGGERS = ("data_plane", "sdk_worker", "log_handler")
-# How often, in ms, a worker's thread looks at the step that a bundle is in.
+# How often, in ms, a worker's thread samples the current step of a bundle.
 SAMPLING_MS = 10
 
 
@@ -51,10 +51,10 @@ def quiet_lost_connections() -> None:
 
 @functools.cache
 def listen_on_loopback() -> None:
-    """Have the workers of the environment LOOPBACK, which run in this process, listen on loopback alone.
+    """Makes the workers of the environment LOOPBACK, which run in this process, listen only on loopback.
 
-    Whoever reaches a worker pool can have it run code.  Beam's listens on all interfaces, as apache/beam pull request
-    10161 (BEAM-8746) wanted it for job services, although its address is announced as that of localhost.
+    Anyone who can connect to a worker pool can make it run code.  Beam's pool listens on all interfaces, which
+    apache/beam pull request 10161 (BEAM-8746) introduced for job services, although it announces the address localhost.
     """
     worker_grpc = types.ModuleType("grpc")
     vars(worker_grpc).update(vars(grpc), server=_loopback_server)
@@ -63,20 +63,21 @@ def listen_on_loopback() -> None:
 
 @functools.cache
 def end_bundles_at_once() -> None:
-    """Have a bundle wait for at most `SAMPLING_MS` for the thread that samples its steps.
+    """Makes a bundle wait for at most `SAMPLING_MS` for the thread that samples its steps.
 
     A bundle joins this thread before it ends, and the thread sleeps for a sixth of the bundle's time, up to 200 ms.
-    That was 1.1 s of the three batch pipelines over a year of flights, and delays every feature row of a live job.
+    This took 1.1 s of the three batch pipelines over a year of flights, and would delay every feature row of a live
+    job.
     """
     statesampler.StateSampler.__init__.__defaults__ = (SAMPLING_MS,)
 
 
 @functools.cache
 def inspect_classes_once() -> None:
-    """Have Beam look once at each class of DoFn for parameters of state and timers.
+    """Makes Beam inspect each class of DoFn only once for parameters of state and timers.
 
-    It looks at every method of every step eight times while a graph is built and run, which was a third of the time of
-    a run over a few thousand rows.
+    Beam inspects every method of every step eight times while a graph is built and run, which took a third of the time
+    of a run over a few thousand rows.
     """
     userstate.get_dofn_specs = _specs_by_class(userstate.get_dofn_specs)
 
@@ -88,7 +89,7 @@ def _specs_by_class(specs: Callable[[beam.DoFn], Specs]) -> Callable[[beam.DoFn]
     def by_class(dofn: beam.DoFn) -> Specs:
         kind = type(dofn)
         if any(isinstance(value, types.MethodType) for value in vars(dofn).values()):
-            return specs(dofn)  # a method of its own, beside those of its class
+            return specs(dofn)  # a method of the object, besides those of its class
         if kind not in known:
             known[kind] = specs(dofn)
         states, timers = known[kind]
@@ -98,7 +99,7 @@ def _specs_by_class(specs: Callable[[beam.DoFn], Specs]) -> Callable[[beam.DoFn]
 
 
 def _loopback_server(*arguments: object, **named: object) -> grpc.Server:
-    """A gRPC server that listens on loopback where it is to listen on all interfaces."""
+    """A gRPC server that listens on loopback when it is asked to listen on all interfaces."""
     server = grpc.server(*arguments, **named)
     listen = server.add_insecure_port
     server.add_insecure_port = lambda address: listen(address.replace("[::]:", "127.0.0.1:"))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from beam_pipelines.runtime.interrupts import INTERRUPT, STOPPED
-from beam_pipelines.runtime.protection import protected, without_secrets
+from beam_pipelines.runtime.protection import protected_output, without_secrets
 from schemas import errors
 from schemas.errors import DefinitionError, MillraceError, StoreError
 
@@ -32,7 +32,7 @@ class Translated(Exception):
 
 
 def recovered(error: BaseException) -> BaseException:
-    """The MillraceError that a runner's `error` reports, with the name of the step; else `error` itself."""
+    """The MillraceError that a runner's `error` reports, with the name of the step; otherwise `error` itself."""
     text = str(error)
     step = STEP.search(text)
     where = f"It happened in step {step[1]!r}" if step else ""
@@ -58,9 +58,9 @@ def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int
     @functools.wraps(main)
     def guarded(argv: Sequence[str]) -> int:
         try:
-            with protected():
+            with protected_output():
                 return reported(argv)
-        except DefinitionError as error:  # of MILLRACE_UMASK
+        except DefinitionError as error:  # raised for MILLRACE_UMASK
             print(f"millrace: {error}", file=sys.stderr, flush=True)
             return error.exit_code
 
@@ -79,7 +79,7 @@ def guard(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int
 
 
 def report_error(error: BaseException, argv: Sequence[str]) -> int:
-    """Print what ended a command; returns the exit code, or raises `error` again if it is of no known kind."""
+    """Prints why a command ended; returns the exit code, or raises `error` again if its kind is unknown."""
     known = error if isinstance(error, MillraceError) else as_store_error(error)
     if isinstance(error, Translated):
         print(f"millrace: {error}", flush=True)
@@ -87,7 +87,9 @@ def report_error(error: BaseException, argv: Sequence[str]) -> int:
     if known is not None:
         print(f"millrace: {known}{resume_hint(error, argv)}", file=sys.stderr, flush=True)
         return known.exit_code
-    if isinstance(error, Exception):  # printed here, since what Python itself prints has the data's control characters
+    if isinstance(
+        error, Exception
+    ):  # it is printed here, because Python itself would print control characters from data
         traceback.print_exception(error)
         how = resume_hint(error, argv)
         print(f"millrace: this is a defect, nothing half-done is visible{how}", file=sys.stderr, flush=True)
@@ -95,7 +97,7 @@ def report_error(error: BaseException, argv: Sequence[str]) -> int:
     raise error
 
 
-# Packages whose errors say that an object store, or access to it, failed.
+# Packages whose errors mean that an object store, or access to it, failed.
 _OBJECT_STORES = ("apache_beam.io.filesystem", "botocore.", "google.api_core.", "google.auth.", "google.cloud.")
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-from beam_pipelines.runtime.arguments import Arguments, number, whole
+from beam_pipelines.runtime.arguments import Arguments, finite_number, whole
 from beam_pipelines.runtime.verify_arguments import VerifyFlags, add_verification
 from schemas.loading import Definition, load_definition
 from transforms.features.plan import BLOCK_ROWS, BROADCAST_BYTES, MOST_SHARDS
@@ -17,12 +17,12 @@ from transforms.validation.publish_rules import PublishRules
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Options(FeaturesRequest):
+class FeaturesOptions(FeaturesRequest):
     """The options of one run: what to compute, and how to run and check it.
 
     Args:
         run_id: id of the run, which commits once.
-        rules: what the publish check is to check; None: there is none.
+        rules: the rules of the publish check; None: there is no check.
         verify: how many rows are verified before the commit.
         beam_args: flags for Beam.
     """
@@ -45,7 +45,7 @@ def parse(
     argv: Sequence[str],
     command: str = "features",
     purpose: str = "Compute a view's features and commit them to its table.",
-) -> Options:
+) -> FeaturesOptions:
     """Parses the flags of `features`, which are also those of `plan`.
 
     Raises:
@@ -59,7 +59,7 @@ def parse(
     add_checks(arguments)
     flags, rest = arguments.parse(argv)
     definition = load_definition(flags.definition)
-    return Options(
+    return FeaturesOptions(
         definition=definition,
         store=flags.store,
         sources=flags.sources or FileSystems.join(flags.store, "sources"),
@@ -108,7 +108,7 @@ def add_division_of_work(arguments: Arguments) -> None:
     )
     arguments.add_argument(
         "--broadcast_mb",
-        type=number,
+        type=finite_number,
         default=BROADCAST_BYTES / 1e6,
         help="a larger dimension is read through by each block instead of held by each worker "
         f"(default {BROADCAST_BYTES / 1e6:g})",
@@ -142,7 +142,7 @@ def publish_rules(flags: argparse.Namespace, definition: Definition) -> PublishR
 
 
 def shards(text: str) -> int | None:
-    """A number of parts; None for "auto"."""
+    """Parses a number of parts; None for "auto"."""
     if text == "auto":
         return None
     if not text.isdigit() or not 1 <= int(text) <= MOST_SHARDS:

@@ -23,12 +23,13 @@ from schemas.errors import StoreError
 from transforms.records.frame_packets import Head
 from transforms.storage.stored_json import DAMAGE, parse_object, read_regular
 from transforms.streaming.kafka import Broker
-from transforms.streaming.kafka_admin import check_reachable, partitions_of, unread
+from transforms.streaming.kafka_admin import check_reachable, partitions_of, unread_offsets
 from transforms.streaming.micro_batches import SKIPPED
 
 log = logging.getLogger("millrace.live")
 ENDED = (PipelineState.DONE, PipelineState.FAILED, PipelineState.CANCELLED, PipelineState.UNKNOWN)
-# Seconds between two looks at the topics, for the runner to answer a cancellation, and for a cancelled job to end.
+# Seconds between two checks of the topics; seconds for the runner to acknowledge a cancellation, and for a cancelled
+# job to end.
 LOOK, CANCELLED_WITHIN, ENDS_WITHIN = 5.0, 10.0, 30.0
 # Seconds without a commit, beyond three commit intervals, after which a backlog is reported.
 STILL = 60.0
@@ -70,8 +71,8 @@ class Reading:
         begin: the next offset to read, by topic and partition.
         prefix: the prefix of the topics' names.
         status: path of the job's `status.json`, which each commit replaces.
-        commit_every: least time between two commits, µs.
-        skipped: offsets that earlier launches could not read.
+        commit_every: minimum interval between commits, µs.
+        skipped: number of offsets that earlier launches could not read.
     """
 
     broker: Broker
@@ -103,7 +104,7 @@ class Reading:
         return bool(grown)
 
     def backlog(self) -> int:
-        """Number of messages after the last commit; 0 while the broker does not answer."""
+        """Number of messages after the last commit; 0 while the broker does not respond."""
         committed = read_status(self.status).get("next", {})
         due = {
             topic: {
@@ -113,7 +114,7 @@ class Reading:
             for topic, partitions in self.begin.items()
         }
         try:
-            left = unread(self.broker, due)
+            left = unread_offsets(self.broker, due)
         except StoreError:
             return 0
         return sum(left[topic].get(number, 0) for topic, partitions in self.begin.items() for number in partitions)
@@ -173,7 +174,7 @@ def run_until(pipeline: beam.Pipeline, done: Callable[[], bool], text: str, read
 
 
 class _Job:
-    """A launched job.  Threads of its own call the runner, since a frozen or unreachable runner blocks its caller.
+    """A launched job.  Separate threads call the runner, because a frozen or unreachable runner blocks its caller.
 
     Args:
         result: what `Pipeline.run` returned.
@@ -205,7 +206,7 @@ class _Job:
             self._error = error
 
     def cancel(self) -> None:
-        """Cancel the job.  A runner that does not answer within `CANCELLED_WITHIN` seconds is not waited for.
+        """Cancel the job.  After `CANCELLED_WITHIN` seconds, this no longer waits for the runner.
 
         Raises:
             grpc.RpcError: the connection to the runner is lost.
@@ -240,11 +241,11 @@ class _InputMonitor:
 
     def __init__(self, reading: Reading) -> None:
         self.reading, self.skipped = reading, reading.skipped
-        self.turn: object = None  # of the last commit that was seen
+        self.turn: object = None  # time of the last commit that was seen
         self.looked = self.committed = time.monotonic()
 
     def has_new_partitions(self) -> bool:
-        """Look at the topics if it is time to; whether one has partitions that the job does not read."""
+        """Checks the topics if it is time to; returns whether one has partitions that the job does not read."""
         now = time.monotonic()
         if now - self.looked <= LOOK:
             return False

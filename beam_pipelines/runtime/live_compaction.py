@@ -1,4 +1,4 @@
-"""Compaction beside a live job: a process of its own, which does not delay the feature rows."""
+"""Compaction during a live job: in a process of its own, which does not delay the feature rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import threading
 from collections.abc import Iterator, Sequence
 
 log = logging.getLogger("millrace.live")
-# Least interval between two compactions, µs; and seconds that a child has to end when the job ends.
+# The minimum interval between two compactions, µs; and seconds within which a child must end when the job ends.
 LEAST, ENDS_WITHIN = 1_000_000, 5.0
-LOW_PRIORITY = 10  # as `nice` counts
+LOW_PRIORITY = 10  # in the units of `nice`
 # Tables that the live jobs write: a job compacts its own.
 FEATURES_TABLES = ("sources/*", "features_live/*", "dead_letters/live_*")
 PREDICTIONS_TABLES = ("predictions_live/*", "dead_letters/live_predictions_*")
@@ -40,7 +40,7 @@ class _Compactor:
     Args:
         store: folder of the tables.
         tables: patterns of their names.
-        seconds: between two compactions.
+        seconds: seconds between two compactions.
     """
 
     def __init__(self, store: str, tables: tuple[str, ...], seconds: float) -> None:
@@ -52,7 +52,7 @@ class _Compactor:
     def run(self) -> None:
         """Compacts until `stop`."""
         while not self._ended.wait(self.seconds):
-            # In a session of its own: Ctrl-C is for the job, which stops its child.
+            # It runs in its own session: Ctrl-C reaches only the job, which stops its child.
             self._child = subprocess.Popen(
                 self.command,
                 stdout=subprocess.DEVNULL,
@@ -60,7 +60,7 @@ class _Compactor:
                 text=True,
                 start_new_session=True,
             )
-            with contextlib.suppress(OSError):  # it may have ended
+            with contextlib.suppress(OSError):  # it may have ended already
                 os.setpriority(os.PRIO_PROCESS, self._child.pid, LOW_PRIORITY)
             _, errors = self._child.communicate()
             if self._child.returncode and not self._ended.is_set():
@@ -68,7 +68,7 @@ class _Compactor:
                 log.warning("compaction failed, and will be tried again: %s", " ".join(lines[-3:])[:500] or "no word")
 
     def stop(self) -> None:
-        """Ends the compaction at work: what it has written is left to vacuum."""
+        """Ends the running compaction; files that it has written are left to vacuum."""
         self._ended.set()
         child = self._child
         if child is not None and child.poll() is None:

@@ -14,14 +14,14 @@ from apache_beam.runners.portability.portable_runner import JobServiceHandle
 
 from beam_pipelines.runtime.beam_workers import inspect_classes_once
 
-Options = TypeVar("Options", bound=PipelineOptions)
+OptionsType = TypeVar("OptionsType", bound=PipelineOptions)
 
 
 class BatchOptions(PipelineOptions):
-    """Beam's options, whose views are made once: Beam asks for one several times for each step, and each time parses
-    the flags."""
+    """Beam's options, with cached views: Beam requests a view several times for each step, and parses the flags each
+    time."""
 
-    def view_as(self, cls: type[Options]) -> Options:
+    def view_as(self, cls: type[OptionsType]) -> OptionsType:
         views = self.__dict__.setdefault("_views", {})
         if cls not in views:
             views[cls] = super().view_as(cls)

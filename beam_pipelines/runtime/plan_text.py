@@ -9,7 +9,7 @@ from schemas.features import COMPACT, ORDERED, Latest, Trailing
 from schemas.views import FeatureView
 from transforms.features.lifetime_snapshots import Chain, SnapshotSegment
 from transforms.features.long_windows import LONG
-from transforms.features.plan import MOST_BLOCKS, Block, FeaturePlan, amplification, reached
+from transforms.features.plan import MOST_BLOCKS, Block, FeaturePlan, amplification, events_reached
 from transforms.features.preparation import PreparedRun
 from transforms.features.source_digests import DIGESTED, REPEATS
 from transforms.records.times import ALWAYS, day_of
@@ -68,7 +68,7 @@ def _history(chains: Sequence[Chain], segments: Sequence[SnapshotSegment]) -> It
 
 
 def steps(work: PreparedRun, checked: bool) -> dict[str, tuple[str, ...]]:
-    """Labels of the steps that `features.build` makes, with those right below them.
+    """Labels of the steps that `features.build` adds, with the steps directly below them.
 
     They are listed here because building the graph imports Beam; a test compares the list with the graph.
 
@@ -103,7 +103,7 @@ def steps(work: PreparedRun, checked: bool) -> dict[str, tuple[str, ...]]:
 
 
 def looked_lines(looked: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    """Describes what is read before a run to find out what it has to do."""
+    """Describes what a run reads beforehand to find out what it has to do."""
     digested, repeats = looked.get(DIGESTED, {}), looked.get(REPEATS, {})
     if any(digested.values()):
         counts = ", ".join(f"{many(rows, 'row')} of {name}" for name, rows in digested.items() if rows)
@@ -120,8 +120,8 @@ def _shards(view: FeatureView, plan: FeaturePlan) -> Iterator[str]:
     block = max(cut, key=lambda each: (max(each.shards.values(), default=1), _rows(each)))
     shards, limit = max(block.shards.values(), default=1), MOST_BLOCKS * block.part_rows
     some = "" if len(cut) == len(plan.blocks) else f" of {len(cut)} of them"
-    name = max(block.events, key=lambda each: reached(view, block, each, unknown=1.0), default="")
-    rows = reached(view, block, name, unknown=1.0) if name else 0
+    name = max(block.events, key=lambda each: events_reached(view, block, each, unknown=1.0), default="")
+    rows = events_reached(view, block, name, unknown=1.0) if name else 0
     window = max(windows(view, name), default=(0, ""))[1] if name else ""
     if rows > limit and window:
         why = f"the {window} window of {name} reaches {many(rows, 'row')}, more than {limit:,}"
@@ -152,7 +152,7 @@ def _shards(view: FeatureView, plan: FeaturePlan) -> Iterator[str]:
 
 
 def windows(view: FeatureView, source: str) -> Iterator[tuple[int, str]]:
-    """(µs, as written) of each window over `source` that has a length."""
+    """(length in µs, length as written) of each bounded window over `source`."""
     yield from {(length, window) for length, window, _ in _statistics(view, source) if length is not None}
 
 

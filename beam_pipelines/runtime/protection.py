@@ -1,7 +1,7 @@
-"""What protects a command's user from its data, and its data from other users: escaped output, hidden secrets, a umask.
+"""Protects a command's user from its data, and its data from other users: escaped output, hidden secrets, a umask.
 
-Data can hold escape sequences that rewrite a terminal, log lines that never were, or text that runs right to left.  So
-whatever a command prints goes through `printable`.  Its files hold rows, and are for its user alone.
+Data can contain escape sequences that rewrite a terminal, forged log lines, or text that runs from right to left.  So
+everything that a command prints goes through `printable`.  Its files contain rows, and only its user may read them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import TextIO, cast
 
 from schemas.permissions import umask
 
-# Control characters but tab and line feed, and those that change lines or the direction of text.
+# Control characters except tab and line feed, and characters that change lines or the direction of text.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _CREDENTIALS = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@'\"]*):[^\s@/'\"]+@", re.IGNORECASE)
 _secrets: set[str] = set()
 
 
 def hide(secrets: Iterable[str]) -> None:
-    """Has `printable` hide these texts from now on."""
+    """Makes `printable` hide these texts from now on."""
     _secrets.update(each for each in secrets if each)
 
 
@@ -55,7 +55,7 @@ class PrintableStream:
     """A text stream whose text is made printable.
 
     Args:
-        stream: where it goes.
+        stream: the stream to which it is written.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -74,16 +74,16 @@ class PrintableStream:
 
 
 def terminal_of(stream: TextIO) -> TextIO:
-    """The stream itself, for escape sequences of our own."""
+    """The underlying stream, for Millrace's own escape sequences."""
     return stream.stream if isinstance(stream, PrintableStream) else stream
 
 
 @contextlib.contextmanager
-def protected() -> Iterator[None]:
+def protected_output() -> Iterator[None]:
     """Applies the umask and makes what is printed printable, until the end.
 
     Raises:
-        DefinitionError: `MILLRACE_UMASK` is no umask.
+        DefinitionError: `MILLRACE_UMASK` is not a umask.
     """
     wanted = umask()
     before = None if wanted is None else os.umask(wanted)

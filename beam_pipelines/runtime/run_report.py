@@ -17,7 +17,7 @@ from schemas.errors import MillraceError, in_one_line
 from transforms.records.frame_packets import Head
 from transforms.storage import durable
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.run_markers import MARKER, begin, remove_marker
+from transforms.storage.run_markers import MARKER, begin_run, remove_marker
 from transforms.storage.stored_json import read_object
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ log = logging.getLogger("millrace")
 
 
 class Run:
-    """The figures of one run.  As a context manager it prints them at the end and writes `<folder>/run.json`.
+    """The figures of one run.  As a context manager, it prints them at the end and writes `<folder>/run.json`.
 
     with Run("features", run_id, folder) as run:
         run["rows out"] = 336776
@@ -50,14 +50,14 @@ class Run:
         self.start = time.perf_counter()
         self._alone()
         try:
-            begin(self.folder, self.pipeline, str(self.figures["run_id"]))
+            begin_run(self.folder, self.pipeline, str(self.figures["run_id"]))
         except (MillraceError, KeyboardInterrupt) as error:
             error.run = self  # type: ignore[union-attr]
             raise
         return self
 
     def _alone(self) -> None:
-        """Refuse a run id that another pipeline has used, since both would write the same files."""
+        """Refuses a run id that another pipeline has used, because both would write the same files."""
         for name in (MARKER, "run.json"):
             try:
                 other = read_json(FileSystems.join(self.folder, name))["pipeline"]
@@ -116,7 +116,7 @@ def _text(value: object) -> str:
 
 
 def write_json(path: str, value: object) -> None:
-    """Write `value` as a JSON file; on a local disk at once, and durable when this returns."""
+    """Writes `value` as a JSON file; on a local disk, atomically and durably."""
     text = without_secrets(json.dumps(value, indent=2, default=str)) + "\n"
     if "://" in path:
         with FileSystems.create(path, mime_type="application/json") as handle:
@@ -133,17 +133,17 @@ def write_json(path: str, value: object) -> None:
 
 
 def read_json(path: str) -> Head:
-    """Read the JSON object of a file.
+    """Reads the JSON object in a file.
 
     Raises:
-        StoreError: it cannot be read, or holds something else.
+        StoreError: it cannot be read, or has other content.
     """
     rule, fix = "A file of a run is a JSON object", "Restore the file, or run again under another --run_id"
     return read_object(path, rule, fix)
 
 
 def progress() -> None:
-    """Print the library's log records: each over the last on a terminal, line by line elsewhere."""
+    """Prints the library's log records: on a terminal, each replaces the last; elsewhere, line by line."""
     if not log.handlers:
         log.addHandler(_Progress())
         log.setLevel(logging.INFO)
@@ -178,7 +178,7 @@ def execute(pipeline: beam.Pipeline) -> PipelineResult:
     """Run the pipeline to its end.
 
     Raises:
-        MillraceError: a step raised it, on whatever worker.
+        MillraceError: a step raised it, on any worker.
         Translated: the flags contain `--dry_run`.
     """
     # Commands without a pipeline do not import Beam.

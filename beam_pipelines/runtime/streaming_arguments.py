@@ -14,14 +14,14 @@ from schemas.errors import DefinitionError
 from schemas.loading import Definition, load_definition
 from transforms.streaming.kafka import Broker
 from transforms.streaming.kafka_properties import read_properties, secrets_of
-from transforms.streaming.message_limits import LIMITS, MessageLimits
+from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits
 
-# Flag → its default, its greatest value, and what it counts.  Python's own stack bounds the depth.
+# Flag → its default, its greatest value, and what it limits.  Python's stack bounds the depth.
 LIMIT_FLAGS = {
-    "max_message_rows": (LIMITS.rows, 2**31 - 1, "rows"),
-    "max_message_mb": (LIMITS.expanded_bytes >> 20, 1 << 14, "MiB once it is decompressed"),
-    "max_message_columns": (LIMITS.columns, 1_000_000, "columns"),
-    "max_message_depth": (LIMITS.depth, 500, "levels of nested JSON, or of an Avro schema,"),
+    "max_message_rows": (DEFAULT_LIMITS.rows, 2**31 - 1, "rows"),
+    "max_message_mb": (DEFAULT_LIMITS.expanded_bytes >> 20, 1 << 14, "MiB once it is decompressed"),
+    "max_message_columns": (DEFAULT_LIMITS.columns, 1_000_000, "columns"),
+    "max_message_depth": (DEFAULT_LIMITS.depth, 500, "levels of nested JSON, or of an Avro schema,"),
 }
 
 
@@ -44,11 +44,11 @@ class StreamingOptions:
         store: the folder of the tables.
         run_id: the run.
         replaying: whether messages come from a replay instead of Kafka.
-        broker: None if none is named.
+        broker: the broker; None if none is named.
         prefix: the prefix of the names of all topics.
         sinks: "table", "topic" or both.
         lengths: µs by the name of the flag.
-        limits: what a message may hold.
+        limits: the most that a message may contain.
         beam_args: the flags for Beam.
     """
 
@@ -78,7 +78,7 @@ class StreamingArguments(Arguments):
     """The parser of a live pipeline: `Arguments`, with the shared flags.
 
     Args:
-        source: what --source means.
+        source: the help of --source.
         results: what the pipeline writes, for the help of --sink.
         lengths: flags whose values are lengths of time.
     """
@@ -152,7 +152,7 @@ class StreamingArguments(Arguments):
 
 
 def _broker(flags: argparse.Namespace) -> Broker | None:
-    """The broker of the flags; None if they name none."""
+    """The broker that the flags name; None if they name none."""
     if flags.bootstrap is None:
         return None
     java = read_properties(flags.kafka_properties) if flags.kafka_properties else {}

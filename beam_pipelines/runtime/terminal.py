@@ -1,4 +1,4 @@
-"""Text for terminals: a table if it fits, else a paragraph per row."""
+"""Text for terminals: a table if it fits, otherwise a paragraph per row."""
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ def many(count: int, what: str) -> str:
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
-def size(count: int) -> str:
+def format_size(count: int) -> str:
     """Bytes as people read them.
 
-    >>> size(1_234_567)
+    >>> format_size(1_234_567)
     '1.2 MB'
     """
     value, unit = float(count), "B"

@@ -10,7 +10,7 @@ from pathlib import Path
 from beam_pipelines.runtime.run_report import log, read_json
 from schemas.errors import MillraceError
 from transforms.models.registry import Registry, registry_uri
-from transforms.storage.paths import MANIFEST, path_in_store
+from transforms.storage.paths import MANIFEST, table_path_in_store
 from transforms.storage.stored_json import read_object
 from transforms.storage.vacuum import pins_of
 
@@ -21,7 +21,8 @@ def trained(store: str, registry: str | None, whole: bool = True) -> dict[str, M
     Args:
         store: address of the store.
         registry: MLflow tracking URI; None means the store's own.
-        whole: raise if a manifest cannot be read, since its data must not be deleted; else warn and leave it out.
+        whole: raise an error if a manifest cannot be read, because its data must not be deleted; otherwise warn and
+            leave it out.
 
     Raises:
         StoreError: the registry or a model in it cannot be read, and `whole` is set.
@@ -42,7 +43,7 @@ def trained(store: str, registry: str | None, whole: bool = True) -> dict[str, M
         for name, version in models.models():
             with reading(f"model {name} {version}"):
                 found[f"{name} {version}"] = read_json(os.path.join(models.resolve(name, version)[1], MANIFEST))
-    runs = Path(store, "runs")  # their registry may be another one, or was unreachable
+    runs = Path(store, "runs")  # they may be in another registry, or theirs was unreachable
     for path in sorted(runs.glob(f"*/model/{MANIFEST}")) if "://" not in store else ():
         with reading(f"the model of run {path.parts[-3]}"):
             rule, fix = "The manifest of a trained model can be read", "Restore it, or delete its run's folder"
@@ -53,12 +54,12 @@ def trained(store: str, registry: str | None, whole: bool = True) -> dict[str, M
 def models_trained_on(store: str, table: str, version: int | None) -> list[str]:
     """Names and versions, or runs, of the models that were trained on the table up to this version."""
     every = trained(store, None, whole=False)
-    # The folder of its run has the manifest of a registered model, too.
+    # A registered model's manifest is also in the folder of its run.
     registered = {manifest.get("run_id") for name, manifest in every.items() if not name.startswith("run ")} - {None}
     return [
         f"{name} (table version {pin.version})"
         for name, manifest in every.items()
         if not (name.startswith("run ") and manifest.get("run_id") in registered)
         for pin in pins_of({name: manifest})
-        if pin.table == path_in_store(table) and version is not None and pin.version <= version
+        if pin.table == table_path_in_store(table) and version is not None and pin.version <= version
     ]

@@ -1,4 +1,5 @@
-"""The whole case on a year of flights: data, features, training, inference, and what came of it in `<out>/run.json`."""
+"""The whole case on a year of flights: data, features, training and inference, with their figures in
+`<out>/run.json`."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ DEFINITION = "examples.flights.definition"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the three pipelines one after the other, as three commands would; 0 when a champion has scored the year."""
+    """Runs the three pipelines one after the other, like three commands; returns 0 when a champion has scored the
+    year."""
     arguments = argparse.ArgumentParser(prog="./run_local.sh", description=__doc__)
     arguments.add_argument("--out", default="out", help="folder for the store and run.json (default: out)")
     flags, beam_args = arguments.parse_known_args(argv)
@@ -50,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(name: str, store: str, run_id: str, beam_args: Sequence[str]) -> dict[str, Any]:
     import importlib
 
-    # Imports are shown apart: they are the price of a process, not of the work.
+    # Imports are shown separately: they are the cost of a process, not of the work.
     start = time.perf_counter()
     module = importlib.import_module(f"beam_pipelines.{name}")
     imported = time.perf_counter() - start

@@ -23,7 +23,7 @@ SECOND = (
     "import dataclasses\n\nfrom examples.flights.definition import model as first, view\n\n"
     "model = dataclasses.replace(first, rounds=150)\n"
 )
-Figures = dict[str, Any]  # of run.json and status.json
+Figures = dict[str, Any]  # time format of run.json and status.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Case:
         start: first UTC day, inclusive.
         end: last UTC day, exclusive.
         seconds: how long the replay takes.
-        first: version of the model that is champion at the start; "" for features alone.
+        first: version of the model that is champion at the start; "" to compute only features.
         second: version that takes over halfway.
     """
 
@@ -83,7 +83,7 @@ def _time(day: str) -> float:
 
 
 def models(store: Path) -> tuple[str, str]:
-    """Two registered versions, the champion first; whatever is missing for them is made."""
+    """Two registered versions, the champion first; everything that they lack is made."""
     from transforms.models.registry import Registry, registry_uri
 
     name, registry = load_definition(DEFINITION).require_model().name, Registry(registry_uri(str(store)))
@@ -93,7 +93,7 @@ def models(store: Path) -> tuple[str, str]:
 
             if definition == DEFINITION:
                 features.main(["--definition", DEFINITION, "--store", str(store)])
-            with contextlib.suppress(GateError):  # it is registered all the same
+            with contextlib.suppress(GateError):  # it is registered anyway
                 training.main(["--definition", definition, "--store", str(store)])
     champion, known = registry.champion(name), versions(registry, name)
     first = champion or known[0]
@@ -115,7 +115,7 @@ def second_definition(store: Path) -> Path:
 
 @contextlib.contextmanager
 def swapping(case: Case) -> Iterator[Callable[[], None]]:
-    """A function that makes the second version champion; afterwards the first is it again."""
+    """A function that makes the second version champion; afterwards the first is champion again."""
     from transforms.models.registry import Registry, registry_uri
 
     if not case.first:

@@ -11,7 +11,7 @@ from deploy.flights.case import Case, Figures, swapping
 
 
 def in_process(case: Case) -> Figures:
-    """The month replayed through the same steps on the runner in this process, then its feature rows scored; the
+    """Replays the month through the same steps on the runner in this process, then scores its feature rows; the
     champion changes halfway."""
     from beam_pipelines import features_streaming, inference_streaming
 

@@ -1,13 +1,13 @@
 """A month of flights live: features and predictions as events arrive, then parity with batch.
 
-What the sources hold from before the month is the job's history, so that every window is filled from the first feature
+Rows of the sources from before the month are the job's history, so that every window is filled from the first feature
 row on.
 
     ./run_local.sh stream
 
 It uses Kafka and Prism where Java, Maven and Go are present, else it replays the month in one process.
 
-Everything it starts runs on free ports of loopback and ends with it, on Ctrl-C too.
+Everything that it starts runs on free ports of loopback, and ends with it, even on Ctrl-C.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from schemas.errors import DataError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run it all; 0 when every spine row was computed and scored once, and live equals batch to the bit."""
+    """Runs everything; returns 0 if every spine row was computed and scored once, and live equals batch to the bit."""
     parser = argparse.ArgumentParser(prog="./run_local.sh stream", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--out", default="out", help="folder of the store that ./run_local.sh made, or makes (default: out)"
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     from deploy.streaming.toolchain import missing
     from examples.flights import data
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is running ends as on Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # running processes end as on Ctrl-C
     progress()
     lacking = missing()
     embedded = flags.embedded or bool(lacking)
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     )
     out, year, month = Path(flags.out).resolve(), int(flags.month[:4]), int(flags.month[5:])
     start, end = f"{flags.month}-01", f"{year + month // 12}-{month % 12 + 1:02}-01"
-    data.write(str(out / "store"))  # leaves what is there as it is
+    data.write(str(out / "store"))  # existing files stay unchanged
     first, second = ("", "") if flags.features_only else models(out / "store")
     case = Case(
         out / "store", out / "stream" / time.strftime("%Y%m%d-%H%M%S"), start, end, flags.seconds, first, second
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def check(figures: Figures) -> None:
-    """Check that each spine row was computed and scored once, and that live equals the full batch table.
+    """Checks that each spine row was computed and scored once, and that live equals the full batch table.
 
     Raises:
         DataError: a row is missing or doubled, or a value differs.
@@ -104,7 +104,7 @@ def check(figures: Figures) -> None:
 
 
 def parity(case: Case) -> Figures:
-    """Compute every live feature row again in batch.
+    """Computes every live feature row again in batch.
 
     Raises:
         MismatchError: a bit differs.

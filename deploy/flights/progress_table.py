@@ -1,4 +1,4 @@
-"""The line of figures that a live run prints while it goes on."""
+"""The line of figures that a live run prints while it works."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transforms.records.times import FOREVER
 
 
 class Sent(TypedDict):
-    """What the producer reports: rows sent, the time of the last (µs), and rows per partition of each topic."""
+    """The producer's progress: rows sent, the time of the last (µs), and rows per partition of each topic."""
 
     done: bool
     rows: int
@@ -23,7 +23,8 @@ class Sent(TypedDict):
 
 
 class ProgressTable:
-    """A line of figures: over itself on a terminal, never wider than that; one in five seconds elsewhere."""
+    """A line of figures: on a terminal it replaces itself and is never wider than the terminal; elsewhere it is printed
+    every five seconds."""
 
     COLUMNS = (
         ("sent to", 11),
@@ -36,7 +37,7 @@ class ProgressTable:
         ("model", 5),
     )
 
-    # Where there is room: what the features job holds in its state.
+    # If there is space: the size of the features job's state.
     WIDE = (("held MB", 7), ("held rows", 9))
 
     def __init__(self) -> None:
@@ -52,7 +53,7 @@ class ProgressTable:
         """Print the line if it is due.
 
         Args:
-            sent: what the producer reports.
+            sent: the producer's progress.
             status: the features job's `status.json`; empty before its first commit.
             spine_rows: number of spine rows sent.
             watch: what has been published.
@@ -78,7 +79,7 @@ class ProgressTable:
             ),
         )
         line = " ".join(f"{value:>{width}}" for value, (_, width) in zip(values, self.columns, strict=False))
-        # The old line is written over, and only then cleared behind: a line cleared first flickers.
+        # The old line is overwritten, and the rest of it cleared afterwards: clearing it first would flicker.
         self._write(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K" if self.over else f"{line}\n")
 
     def end(self) -> None:
@@ -97,10 +98,10 @@ def _instant(moment: int) -> str:
 
 
 def _watermark(status: Figures) -> int:
-    """Up to when all sources are complete, µs."""
+    """The time up to which all sources are complete, µs."""
     return min((each["settled"] for each in status.get("clock", {}).values()), default=0)
 
 
 def _held(status: Figures, what: str) -> int:
-    """Rows or bytes that the job holds in its state."""
+    """Rows or bytes in the state of the job."""
     return sum(each[what] for each in status["state"].values())

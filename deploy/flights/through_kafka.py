@@ -23,12 +23,12 @@ from schemas.errors import DataError
 from schemas.loading import load_definition
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARE = "6,3,1,0"  # of the rows, per partition: uneven, the last one idle
-DRAIN = 180.0  # seconds within which the rest is computed and scored
+SHARE = "6,3,1,0"  # relative numbers of rows per partition: uneven, and the last partition is idle
+DRAIN = 180.0  # seconds within which the last rows must be computed and scored
 
 
 def through_kafka(case: Case) -> Figures:
-    """Run the month through a broker; both live pipelines over the Job API."""
+    """Runs the month through a broker, with both live pipelines over the Job API."""
     began = time.monotonic()
     broker, expansion, prism = Broker(case.folder), Expansion(case.folder), Prism(case.folder)
     try:
@@ -43,7 +43,7 @@ def through_kafka(case: Case) -> Figures:
             watch = Watch(case.view, broker.bootstrap, features, predictions)
             stack.callback(watch.close)
             figures = follow(Progress(case, watch, children, swap))
-            for name, child in children.items():  # each ends by itself when the one before it has ended its topic
+            for name, child in children.items():  # each job ends by itself when its topic ends
                 if child.wait(60):
                     raise DataError("The live processes end well", f"{name}: {_tail(case, name)}", f"See {case.folder}")
         return figures
@@ -52,7 +52,7 @@ def through_kafka(case: Case) -> Figures:
 
 
 def _create_topics(case: Case, broker: Broker) -> tuple[str, str]:
-    """The topics of the sources, and those of features and predictions, whose names are returned."""
+    """Creates the topics of the sources, and those of features and predictions; returns the names of the latter."""
     model = load_definition(DEFINITION).require_model().name
     features, predictions = f"{case.view.name}.features", f"{model}.predictions"
     broker.create(*case.view.events, partitions=len(SHARE.split(",")))
@@ -61,13 +61,13 @@ def _create_topics(case: Case, broker: Broker) -> tuple[str, str]:
 
 
 def _pipelines(case: Case, flags: Sequence[str]) -> dict[str, Child]:
-    """The live jobs, not started: features, and inference if there is a model."""
+    """The live jobs before their start: features, and inference if there is a model."""
 
     def pipeline(name: str, run_id: str, *own: str) -> Child:
         command = [sys.executable, "-m", f"beam_pipelines.{name}", *case.common, "--run_id", run_id, *flags, *own]
         return Child(command, case.folder / f"{run_id}.log", cwd=ROOT, grace=20)
 
-    # What the sources hold from before the month is the job's history.
+    # Rows of the sources from before the month are the job's history.
     history = ["--sources", str(case.store / "sources"), "--start", case.start]
     children = {"live": pipeline("features", "live", *history, "--commit_every=2s")}
     if case.first:
@@ -92,7 +92,7 @@ def _producer(case: Case, bootstrap: str) -> Child:
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is: what was sent, what came out at the other end, and the lag between them.
+    """The progress of a run: what was sent, what was published, and the lag between them.
 
     Args:
         case: the run.
@@ -131,7 +131,7 @@ class Progress:
         return self.done_at is not None and time.monotonic() - self.done_at > DRAIN
 
     def update(self) -> None:
-        """Read what was sent and published; halfway, change the champion."""
+        """Reads what was sent and published; changes the champion halfway."""
         self.watch.read(0.5)
         with contextlib.suppress(OSError):
             self.sent = json.loads((self.case.folder / "producer.json").read_text())
@@ -144,10 +144,10 @@ class Progress:
         self.done_at = self.done_at or (time.monotonic() if done else None)
 
     def require_running(self) -> None:
-        """Check that no process has ended before everything was sent.
+        """Checks that no process has ended before everything was sent.
 
         Raises:
-            DataError: one has.
+            DataError: a process has ended.
         """
         for name, child in self.children.items():
             if not child.running and not (self.sent["done"] and child.wait() == 0):
@@ -176,11 +176,11 @@ class Progress:
 
 
 def follow(progress: Progress) -> Figures:
-    """Print the progress until everything sent has come out at the other end, or `DRAIN` seconds have passed since the
-    last was sent.
+    """Prints the progress until everything that was sent has been published, or `DRAIN` seconds after the last row was
+    sent.
 
     Raises:
-        DataError: a process ended before its time.
+        DataError: a process ended too early.
     """
     show, began = ProgressTable(), time.monotonic()
     while not (progress.complete or progress.overdue):

@@ -1,2 +1,2 @@
-"""What the live jobs need beside Python, on one machine: a Kafka broker, Beam's KafkaIO, Prism, a pool of Python
-workers."""
+"""Everything that the live jobs need besides Python, on one machine: a Kafka broker, Beam's KafkaIO, Prism, a pool of
+Python workers."""

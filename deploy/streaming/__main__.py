@@ -1,4 +1,4 @@
-"""A broker, KafkaIO, Prism and a worker pool until Ctrl-C, and the flags that lead to them.
+"""Runs a broker, KafkaIO, Prism and a worker pool until Ctrl-C, and prints the flags to use them.
 
 python -m deploy.streaming
 """
@@ -29,7 +29,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if mask is not None:
-        os.umask(mask)  # the workers write files of rows
+        os.umask(mask)  # the workers write files with rows
     with tempfile.TemporaryDirectory(prefix="millrace-") as name:
         folder = Path(name)
         broker, expansion, prism, workers = Broker(folder), Expansion(folder), Prism(folder), WorkerPool(folder)

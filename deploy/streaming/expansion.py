@@ -25,10 +25,9 @@ class Expansion(Service):
         return f"localhost:{self.port}"
 
     def command(self) -> list[str]:
-        # On Prism KafkaIO's newer reader waits out its polling timeout, two seconds, once per partition and one after
-        # the other: 16 partitions lag by 24 s.  The older one reads in the background: 0.3 s.
-        # The workers are this process, so there is nothing to stage; otherwise every expansion would copy the 140 MB
-        # of the class path.
+        # On Prism, KafkaIO's newer reader waits for its polling timeout of two seconds in one partition after another:
+        # 16 partitions lag by 24 s.  The older one reads in the background: 0.3 s. The workers run in this process, so
+        # nothing must be staged; otherwise every expansion would copy the 140 MB of the class path.
         flags = ["--experiments=use_unbounded_sdf_wrapper", "--alsoStartLoopbackWorker", f"--filesToStage={POM}"]
         options, ours = ["-Xmx1g", "-XX:+UseSerialGC"], loopback_expansion()
         if ours is not None:

@@ -1,4 +1,4 @@
-"""A Kafka broker of one node on loopback, its data in a folder.
+"""A Kafka broker of one node on loopback, with its data in a folder.
 
 with Broker(folder) as broker:
     broker.create("departures", partitions=4)
@@ -21,9 +21,10 @@ from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 from deploy.streaming.processes import HOST, Service, listening
 from deploy.streaming.toolchain import java
 
-# The quick compiler alone: up in half the time, and as many records a second as one Python producer sends.
+# Only the fast compiler: the broker starts in half the time, and handles as many records per second as one Python
+# producer sends.
 JVM = ("-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
-# What differs from Kafka's defaults, and why.
+# Settings that differ from Kafka's defaults, and why.
 PROPERTIES = {
     "process.roles": "broker,controller",
     "node.id": "1",
@@ -35,10 +36,10 @@ PROPERTIES = {
     "transaction.state.log.replication.factor": "1",
     "transaction.state.log.min.isr": "1",
     "transaction.state.log.num.partitions": "4",
-    # Replayed rows carry old times: by them they would be deleted at once, or rolled into a file a week.
+    # Replayed rows have old times: they would be deleted at once, or divided into one file per week.
     "log.retention.ms": "-1",
     "log.roll.ms": str(2**62),
-    # A missing topic is a mistake, and an error.
+    # A missing topic is an error.
     "auto.create.topics.enable": "false",
     "group.initial.rebalance.delay.ms": "0",
     "log.index.size.max.bytes": str(1 << 20),
@@ -49,8 +50,8 @@ class Broker(Service):
     """See the module.
 
     Args:
-        folder: holds its log and its data, which a broker started again there finds.
-        properties: Kafka's own settings, over those above.
+        folder: the folder of its log and its data; a broker that is started there again finds them.
+        properties: Kafka's own settings, which override those above.
         jvm: options of the JVM.
     """
 
@@ -63,7 +64,7 @@ class Broker(Service):
     ) -> None:
         super().__init__(folder)
         self.properties, self.jvm = {**PROPERTIES, **(properties or {})}, jvm
-        self.cluster = "K" + urlsafe_b64encode(uuid.uuid4().bytes).decode()[1:22]  # a dash in front would be a flag
+        self.cluster = "K" + urlsafe_b64encode(uuid.uuid4().bytes).decode()[1:22]  # a leading dash would make it a flag
 
     @property
     def bootstrap(self) -> str:
@@ -100,10 +101,10 @@ class Broker(Service):
         return AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
 
     def create(self, *topics: str, partitions: int = 4, config: Mapping[str, str] | None = None) -> None:
-        """Create topics; returns when they can be used.
+        """Creates topics; returns when they can be used.
 
         Raises:
-            KafkaException: one exists already.
+            KafkaException: a topic exists already.
         """
         wanted = [
             NewTopic(topic, num_partitions=partitions, replication_factor=1, config=dict(config or {}))
@@ -116,7 +117,7 @@ class Broker(Service):
             time.sleep(0.05)
 
     def grow(self, topic: str, partitions: int) -> None:
-        """Give a topic more partitions, so many in all."""
+        """Increases a topic's partitions to this number."""
         admin = self.admin()
         for done in admin.create_partitions([NewPartitions(topic, partitions)], operation_timeout=30).values():
             done.result()
@@ -124,15 +125,14 @@ class Broker(Service):
             time.sleep(0.05)
 
     def delete(self, until: Mapping[tuple[str, int], int]) -> None:
-        """Delete the records before an offset of each (topic, partition), as retention does in time."""
-        admin = self.admin()  # results arrive only while it exists
+        """Deletes the records before an offset of each (topic, partition), as retention eventually does."""
+        admin = self.admin()  # results arrive only while the client exists
         gone = [TopicPartition(topic, number, offset) for (topic, number), offset in until.items()]
         for done in admin.delete_records(gone, operation_timeout=30).values():
             done.result(30)
 
     @staticmethod
     def _led(admin: AdminClient, topic: str, partitions: int) -> bool:
-        """Whether the broker knows the topic and leads its partitions, which it does a moment after the controller made
-        it."""
+        """Whether the broker knows the topic and leads its partitions, shortly after the controller created it."""
         found = admin.list_topics(topic, timeout=10).topics[topic].partitions.values()
         return len(found) == partitions and all(each.leader >= 0 for each in found)

@@ -1,4 +1,4 @@
-"""Prism, Beam's portable runner of one machine, serving the Job API.
+"""Prism, Beam's portable runner for one machine, which serves the Job API.
 
 with Prism(folder) as prism:
     beam.Pipeline(options=PipelineOptions([*prism.options, "--environment_type=LOOPBACK"]))
@@ -24,8 +24,9 @@ class Prism(Service):
     def options(self) -> list[str]:
         """Beam's options to run there.
 
-        When a bundle is slow Prism 2.77 gives its later elements to another one while the first still runs, of one key
-        too: two bundles then write the state of that key, and what one wrote is gone.  Hence no splits.
+        When a bundle is slow, Prism 2.77 gives its later elements to another bundle while the first still runs, even if
+        all have the same key: then both bundles write the state of that key, and what one of them wrote is lost.  So
+        splits are off.
         """
         return ["--runner=PortableRunner", f"--job_endpoint={self.endpoint}", "--experiments=prism_disable_sdf_split"]
 

@@ -1,10 +1,10 @@
-"""Child processes that end with this one, however it ends, and say why when they do not start.
+"""Child processes that end with this one, however it ends, and that report why they do not start.
 
     with Child(["java", …], log) as child:
         child.await_ready(lambda: listening(port), within=60)
 
-Only what was started here is ever signalled: each child is a process group of its own, watched by a keeper
-(`keeper.py`) that ends the group when this process is gone, by Ctrl-C and kill −9 too.
+Signals are only sent to what was started here: each child is a process group of its own, watched by a keeper
+    (`keeper.py`) that ends the group when this process is gone, even by Ctrl-C or kill −9.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TAKEN = ("already in use", "BindException", "Failed to bind")
 
 
 class StartError(MillraceError):
-    """A service that did not come up."""
+    """A service that did not start."""
 
     exit_code = 8
 
@@ -39,7 +39,7 @@ class Child:
     """A running command with its output in the file `log`.
 
     Args:
-        grace: seconds between asking it to end and ending it.
+        grace: seconds between SIGTERM and SIGKILL.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Child:
             stderr=subprocess.PIPE,
             env=None if env is None else {**os.environ, **env},
             cwd=cwd,
-            start_new_session=True,  # a terminal's Ctrl-C is for us; we decide in which order children end
+            start_new_session=True,  # Ctrl-C is for this process, which decides the order in which children end
         )
         assert self._keeper.stdout is not None
         assert self._keeper.stderr is not None
@@ -77,7 +77,7 @@ class Child:
         return self._keeper.poll() is None
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit status, 128 + n when signal n ended it.
+        """Its exit status; 128 + n if signal n ended it.
 
         Raises:
             subprocess.TimeoutExpired: it still runs.
@@ -85,13 +85,13 @@ class Child:
         return self._keeper.wait(timeout)
 
     def signal(self, number: int) -> None:
-        """Send a signal to the command and all it started; SIGKILL, SIGSTOP and SIGCONT make faults."""
+        """Sends a signal to the command and everything that it started; SIGKILL, SIGSTOP and SIGCONT inject faults."""
         if self.running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
 
     def kill(self) -> None:
-        """End it as kill −9 does, and wait until it is gone."""
+        """Ends it as kill −9 does, and waits until it is gone."""
         self.signal(signal.SIGKILL)
         self._keeper.wait()
         self._close()
@@ -107,16 +107,16 @@ class Child:
             self._keeper.stdin.close()
 
     def output(self) -> str:
-        """Its output so far."""
+        """The output so far."""
         with open(self.log, "rb") as file:
             file.seek(self.began)
             return file.read().decode(errors="replace")
 
     def await_ready(self, ready: Callable[[], bool], within: float) -> None:
-        """Return once `ready()`.
+        """Waits until `ready()`.
 
         Raises:
-            StartError: it ended first, or `within` seconds have passed.
+            StartError: the process ended first, or `within` seconds have passed.
         """
         deadline = time.monotonic() + within
         while not ready():
@@ -136,22 +136,22 @@ class Child:
 
 
 class Service:
-    """A child with ports of its own.  Subclasses say how to run it; as a context manager it is up inside.
+    """A child with ports of its own.  Subclasses define how to run it; within its context, it is ready.
 
     Args:
-        folder: where its log and its data go.
+        folder: the folder of its log and its data.
     """
 
     name: str
     ports: tuple[str, ...]  # attributes that hold its ports
-    within: float = 60  # seconds it may take to be ready
+    within: float = 60  # seconds within which it must be ready
     grace: float = 10
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.log = self.folder / f"{self.name}.log"
         self.child: Child | None = None
-        self.kept = False  # once its ports may be in use elsewhere, they stay
+        self.kept = False  # its ports do not change once others may use them
         self._choose_ports()
 
     def command(self) -> Sequence[str]:
@@ -168,13 +168,14 @@ class Service:
         return self.child is not None and self.child.running
 
     def launch(self) -> None:
-        """Start it without waiting."""
+        """Starts it without waiting."""
         if self.running:
             raise StartError(f"The {self.name} is started once", "a running one", "Stop it first")
         self.child = Child(self.command(), self.log, self.environment(), grace=self.grace)
 
     def await_ready(self) -> None:
-        """Wait for a launched one; another program that took its port meanwhile costs a second try."""
+        """Waits until a launched service is ready; if another program has taken its port, it is launched a second
+        time."""
         assert self.child is not None
         for tries in range(3):
             try:
@@ -203,7 +204,7 @@ class Service:
             self.child.stop()
 
     def kill(self) -> None:
-        """As a fault: kill −9."""
+        """Injects a fault: kill −9."""
         assert self.child is not None
         self.child.kill()
 
@@ -220,7 +221,7 @@ class Service:
 
 @contextlib.contextmanager
 def running(*services: Service) -> Iterator[None]:
-    """All of them up inside, started at once and stopped in reverse order."""
+    """Within this context, all of them are ready; they are started at once and stopped in reverse order."""
     try:
         for service in services:
             service.launch()
@@ -233,9 +234,9 @@ def running(*services: Service) -> Iterator[None]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on, below those the kernel gives to outgoing connections.
+    """Ports of loopback on which no process listens, below those that the kernel uses for outgoing connections.
 
-    So a service that is stopped finds its port still free when it starts again.
+    So the port of a stopped service is still free when it starts again.
     """
     try:
         first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
@@ -253,7 +254,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def listening(port: int) -> bool:
-    """Whether a connection to the port of loopback is taken."""
+    """Whether the port of loopback accepts a connection."""
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex((HOST, port)) == 0

@@ -3,10 +3,11 @@
     python -m deploy.streaming.producer --definition examples.flights.definition --sources out/store/sources \\
         --bootstrap 127.0.0.1:9092 --start 2013-03-01 --end 2013-04-01 --speed 30000
 
-Each source has a topic, which is made if it is missing.  A message is an Arrow IPC stream of the rows that became known
-since the one before, and its timestamp is the simulated time.  Rows with one value in the first column go to one
-partition; `--share 6,3,1,0` makes four uneven partitions, the last without rows.  Twice a second each partition gets a
-heartbeat, the time up to which everything has been sent.  Progress is written to the file `--status`, as JSON.
+Each source has a topic, which is created if it is missing.  A message is an Arrow IPC stream of the rows that became
+known since the one before, and its timestamp is the simulated time.  Rows with the same value in the first column go to
+the same partition; `--share 6,3,1,0` makes four uneven partitions, the last without rows.  Twice a second each
+partition gets a heartbeat, the time up to which everything has been sent.  Progress is written to the file `--status`,
+as JSON.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ from schemas.sources import Source
 Ints = npt.NDArray[np.int64]
 HEARTBEAT = b"__heartbeat"
 FOREVER = 2**62  # the last heartbeat of a partition: nothing follows
-# Wall seconds between looks at the clock, and between heartbeats of a partition.
+# Wall seconds between two steps, and between two heartbeats of a partition.
 TICK, BEAT = 0.05, 0.5
 
 
 @dataclasses.dataclass(eq=False)
 class Stream:
-    """What one topic gets: per partition the rows in order and when each became known."""
+    """The rows of one topic: for each partition, the rows in order, and when each became known."""
 
     source: Source
     topic: str
@@ -59,7 +60,7 @@ class Stream:
 
 
 def read(source: Source, root: Path, topic: str, start: int, end: int, share: Sequence[int]) -> Stream:
-    """The source's rows known in `[start, end)` µs, dealt to partitions by `share`.
+    """The source's rows that became known in `[start, end)` µs, divided among partitions by `share`.
 
     Raises:
         DataError: there is no such source.
@@ -83,7 +84,7 @@ def read(source: Source, root: Path, topic: str, start: int, end: int, share: Se
 
 
 def news(stream: Stream, partition: int, until: int, most: int) -> Iterator[tuple[bytes, int]]:
-    """(value, µs) of the messages with the rows that became known before `until`."""
+    """(value, time in µs) of the messages with the rows that became known before `until`."""
     frame, known = stream.frames[partition], stream.known[partition]
     end = int(np.searchsorted(known, until, side="left"))
     while (begin := stream.sent[partition]) < end:
@@ -99,7 +100,7 @@ def to_arrow(frame: pl.DataFrame) -> bytes:
 
 
 class Sender:
-    """Delivers messages in order, or raises."""
+    """Delivers messages in order, or raises an error."""
 
     def __init__(self, bootstrap: str) -> None:
         settings = {
@@ -109,7 +110,7 @@ class Sender:
             "delivery.timeout.ms": 120_000,
             "log_level": 0,
         }
-        self.producer = Producer(settings)  # without idempotence a retry may change the order
+        self.producer = Producer(settings)  # without idempotence, a retry may change the order
         self.failed: KafkaError | None = None
 
     def send(self, topic: str, partition: int, value: bytes, moment: int, key: bytes | None = None) -> None:
@@ -138,7 +139,7 @@ class Sender:
 
 
 def create(bootstrap: str, topics: Sequence[str], partitions: int) -> None:
-    """Make the topics that are missing."""
+    """Creates missing topics."""
     admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
     made = admin.create_topics([NewTopic(topic, partitions, 1) for topic in topics], operation_timeout=30)
     for future in made.values():
@@ -149,7 +150,7 @@ def create(bootstrap: str, topics: Sequence[str], partitions: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """How simulated time passes while a stretch of it is sent.
+    """How simulated time passes while rows are sent.
 
     Args:
         start: simulated time of the first row, in µs.
@@ -166,7 +167,7 @@ class Pace:
     most: int
 
     def after(self, passed: float, now: int) -> int:
-        """Simulated time, in µs, when `passed` seconds have gone by and it was `now` before."""
+        """The simulated time, in µs, `passed` seconds after it was `now`."""
         return min(self.start + int(passed * self.speed * 1e6) if self.speed else now + self.step, self.end)
 
     @property
@@ -176,7 +177,7 @@ class Pace:
 
 
 def replay(streams: Sequence[Stream], sender: Sender, pace: Pace, status: Path | None) -> None:
-    """Send every row and heartbeat at the given pace, and write progress to the file `status`."""
+    """Sends every row and heartbeat at the given pace, and writes progress to the file `status`."""
     began = reported = time.monotonic()
     now = pace.start
     while now < pace.end:
@@ -197,7 +198,7 @@ def replay(streams: Sequence[Stream], sender: Sender, pace: Pace, status: Path |
 
 
 def send_until(stream: Stream, sender: Sender, now: int, pace: Pace) -> None:
-    """Send what became known by `now`, and a heartbeat where one is due."""
+    """Sends the rows that became known by `now`, and heartbeats that are due."""
     for partition in range(len(stream.frames)):
         for value, moment in news(stream, partition, now, pace.most):
             sender.send(stream.topic, partition, value, moment)
@@ -221,13 +222,13 @@ def report(streams: Sequence[Stream], now: int, done: bool, status: Path) -> Non
 
 
 def sources(definition: str) -> Mapping[str, Source]:
-    """Spine and events of the definition's view: what a live job listens to."""
+    """Spine and events of the definition's view: the sources that a live job reads from topics."""
     view = load_definition(definition).view
     return {view.spine.name: view.spine, **view.events}
 
 
 def _midnight(day: str) -> int:
-    """The beginning of a UTC day, µs since 1970."""
+    """The start of a UTC day, µs since 1970."""
     return int(datetime.combine(date.fromisoformat(day), datetime.min.time(), UTC).timestamp()) * 1_000_000
 
 

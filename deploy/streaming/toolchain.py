@@ -1,11 +1,11 @@
-"""Java class paths and Prism, got once through Maven and Go as they are set up here, then reused.
+"""Java class paths and Prism, fetched once through the Maven and Go of this machine, then reused.
 
-Prism and Beam's expansion service listen on all interfaces and run what they are sent.  So Prism is built from its
-source with one address changed, and the expansion service is started by a class of ours, `LoopbackExpansion`.
+Prism and Beam's expansion service listen on all interfaces and run any code that is sent to them.  So Prism is built
+from its source with one address changed, and the expansion service is started by Millrace's class `LoopbackExpansion`.
 
     python -m deploy.streaming.toolchain      # get all of it now
 
-They are kept in `$MILLRACE_CACHE`, else in `millrace` below `$XDG_CACHE_HOME` or `~/.cache`.
+They are stored in `$MILLRACE_CACHE`, or else in `millrace` below `$XDG_CACHE_HOME` or `~/.cache`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ POM = Path(__file__).with_name("pom.xml")
 PROFILES = ("broker", "expansion")
 PRISM = "v2.77.0"
 BEAM_MODULE = "github.com/apache/beam/sdks/v2"
-# Where Prism listens: file in the module, its text, and the text to put there.
+# The address on which Prism listens: file in the module, its text, and the replacement.
 LISTENS = "go/pkg/beam/runners/prism/internal/jobservices/server.go"
 EVERYWHERE, ON_LOOPBACK = (
     'net.Listen("tcp", fmt.Sprintf(":%d", port))',
     'net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))',
 )
 LOOPBACK_EXPANSION = Path(__file__).with_name("LoopbackExpansion.java")
-# A program, what shows that it works (macOS has a java that only reports that it is missing), and the way to get it.
+# A program, a command that shows that it works (macOS has a java that only reports that it is missing), and how to
+# install it.
 NEEDED = {
     "java": ("-version", "Java 17: apt-get install openjdk-17-jre-headless (or brew install openjdk@17)"),
     "mvn": ("-version", "Maven: apt-get install maven (or brew install maven)"),
@@ -48,13 +49,13 @@ NEEDED = {
 
 
 class MissingTool(MillraceError):
-    """A program the live jobs need that is not here."""
+    """A program that the live jobs need is not installed."""
 
     exit_code = 8
 
 
 def missing() -> list[str]:
-    """Ways to get the programs that are not here; empty when all are."""
+    """How to install the missing programs; empty if none is missing."""
     return [how for program, (probe, how) in NEEDED.items() if not _works(program, probe)]
 
 
@@ -62,13 +63,13 @@ def classpath(profile: str) -> str:
     """The class path of a profile of the pom.
 
     Raises:
-        MissingTool: it is not kept here, and Maven is missing or failed.
+        MissingTool: it is not in the cache, and Maven is missing or failed.
     """
     kept = cache() / f"{profile}-{hashlib.sha256(POM.read_bytes()).hexdigest()[:16]}.classpath"
     if _complete(kept):
         return kept.read_text()
     with _lock(profile):
-        if not _complete(kept):  # another process did it meanwhile
+        if not _complete(kept):  # another process has done it meanwhile
             _require("java", "mvn")
             with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
                 fresh = Path(folder) / "classpath"
@@ -79,10 +80,10 @@ def classpath(profile: str) -> str:
 
 
 def prism() -> Path:
-    """The Prism program, which listens on loopback only.
+    """The Prism program, which listens only on loopback.
 
     Raises:
-        MissingTool: it is not kept here, and Go is missing or failed.
+        MissingTool: it is not in the cache, and Go is missing or failed.
     """
     kept = cache() / f"prism-{PRISM}-loopback"
     if not kept.exists():
@@ -111,7 +112,7 @@ def _copy_prism(source: Path) -> None:
     """Copies the source of Prism to the folder `source`, with the address that it listens on changed.
 
     Raises:
-        MissingTool: Go does not get it, or the address is not where it was.
+        MissingTool: Go cannot download it, or the address is not in its source.
     """
     module = json.loads(
         _get("Prism's source", "Go", ["go", "mod", "download", "-json", f"{BEAM_MODULE}@{PRISM}"], os.environ)
@@ -131,7 +132,7 @@ def _copy_prism(source: Path) -> None:
 
 
 def loopback_expansion() -> Path | None:
-    """The folder of our class that starts the expansion service on loopback; None without a Java compiler."""
+    """The folder of the class that starts the expansion service on loopback; None without a Java compiler."""
     digest = hashlib.sha256(LOOPBACK_EXPANSION.read_bytes() + POM.read_bytes()).hexdigest()[:16]
     kept = cache() / f"loopback-expansion-{digest}"
     if not kept.exists() and _works("javac", "-version"):
@@ -149,13 +150,13 @@ def loopback_expansion() -> Path | None:
 def java(
     profile: str, main: str, *arguments: str, options: Sequence[str] = (), classes: Sequence[Path] = ()
 ) -> list[str]:
-    """The command that runs a Java class, of the profile's class path or of the folders `classes`."""
+    """The command that runs a Java class from the profile's class path or from the folders `classes`."""
     _require("java")
     return ["java", *options, "-cp", os.pathsep.join([*map(str, classes), classpath(profile)]), main, *arguments]
 
 
 def cache() -> Path:
-    """The folder of what was got; made when missing."""
+    """The folder of the cache; it is created if it is missing."""
     named = os.environ.get("MILLRACE_CACHE")
     folder = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "millrace"
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,7 +178,7 @@ def _require(*programs: str) -> None:
 
 
 def _get(what: str, through: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
-    """Runs a command that gets something; returns its output."""
+    """Runs a command that downloads something; returns its output."""
     log.info("getting %s through %s, once", what, through)
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=env, stdin=subprocess.DEVNULL)
@@ -191,14 +192,14 @@ def _get(what: str, through: str, command: Sequence[str], env: Mapping[str, str]
 
 @contextlib.contextmanager
 def _lock(name: str) -> Iterator[None]:
-    """One process at a time; the kernel releases the lock when it ends."""
+    """Admits one process at a time; the kernel releases the lock when the process ends."""
     with open(cache() / f"{name}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def main() -> int:
-    """Get what is not kept here yet, saying so; silent when all is."""
+    """Downloads what is not in the cache yet, and reports it; prints nothing if nothing is missing."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         for profile in PROFILES:

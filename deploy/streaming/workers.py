@@ -3,8 +3,8 @@
     with WorkerPool(folder) as pool:
         beam.Pipeline(options=PipelineOptions([*prism.options, *pool.options]))
 
-It is Beam's own pool (`apache_beam.runners.worker.worker_pool_main`), which listens on every interface; this one on
-loopback only.
+It is Beam's own pool (`apache_beam.runners.worker.worker_pool_main`), which listens on every interface; here only on
+loopback.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pathlib import Path
 from deploy.streaming.processes import HOST, Service
 
 ROOT = Path(__file__).parents[2]
-STATE_CACHE = 100 << 20  # bytes; Beam's default in process, where the stock pool caches nothing
+STATE_CACHE = 100 << 20  # bytes; Beam's default for workers in this process, while the pool's default is no cache
 
 
 class WorkerPool(Service):
     """See the module.
 
     Args:
-        folder: where its log goes.
-        path: folders of modules the workers import, beside this repository.
+        folder: the folder of its log.
+        path: folders of modules that the workers import, besides this repository.
     """
 
     name, ports = "workers", ("port",)
@@ -45,7 +45,7 @@ class WorkerPool(Service):
         return [sys.executable, "-m", "deploy.streaming.workers", str(self.port)]
 
     def environment(self) -> Mapping[str, str]:
-        path = [str(Path(sys.executable).parent), os.environ["PATH"]]  # the pool launches `python`
+        path = [str(Path(sys.executable).parent), os.environ["PATH"]]  # the pool launches `python` by this name
         modules = [str(ROOT), *map(str, self.path), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {"PATH": os.pathsep.join(path), "PYTHONPATH": os.pathsep.join(modules)}
 

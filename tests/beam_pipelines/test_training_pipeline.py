@@ -14,9 +14,9 @@ from beam_pipelines import training
 from schemas.errors import DataError, DefinitionError, GateError, MismatchError
 from tests.support import shop
 from tests.support.training_pipeline_case import account, flags
-from transforms.models.bundle import load
+from transforms.models.bundle import load_bundle
 from transforms.models.registry import Registry, registry_uri
-from transforms.models.scoring import Pinned, open_scorer, score
+from transforms.models.scoring import PinnedModel, open_scorer, score
 
 
 def test_a_model_is_trained_judged_registered_and_promoted(store: Path) -> None:
@@ -36,9 +36,9 @@ def test_a_model_is_trained_judged_registered_and_promoted(store: Path) -> None:
     rows = pl.concat([pl.read_parquet(path) for path in sorted(store.glob("examples/buying/one/test-*.parquet"))])
     assert len(rows) == found["splits"]["test"]["entered"]
     (batch,) = rows.to_arrow().combine_chunks().to_batches()
-    found_auc = roc_auc_score(rows["__label"], score(open_scorer(Pinned(folder)), batch))
+    found_auc = roc_auc_score(rows["__label"], score(open_scorer(PinnedModel(folder)), batch))
     assert found_auc == pytest.approx(found["metrics"]["auc"])
-    manifest = load(folder).manifest
+    manifest = load_bundle(folder).manifest
     assert manifest["feature_table"]["version"] == 0
     assert manifest["split"]["cutoff"] == "2024-03-01T00:00:00+00:00"
 

@@ -29,7 +29,7 @@ def test_readme_links_to_every_page(page: str) -> None:
 
 def test_the_glossary_translates_every_column_of_ours_with_underscores() -> None:
     schemas = (
-        live.ORIGIN,
+        live.ORIGIN_FIELDS,
         live.LIVE_COLUMNS,
         live.SEEN,
         dead_letters.LIVE_DEAD_LETTERS,

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from schemas import Gates, GroupSplit, RollingOrigin, TimeSplit
 from schemas.errors import DefinitionError
 from transforms.evaluation.bootstrap import weights
-from transforms.evaluation.evaluate import Tallying, as_json, report, tally
-from transforms.evaluation.gates import Rival, fairness, may_know, verdicts
+from transforms.evaluation.evaluate import Tallying, metrics_record, report, tally
+from transforms.evaluation.gates import Rival, fairness_records, may_know, verdicts
 
 
 def scored(rows: int, seed: int = 0, noise: float = 1.0) -> pa.RecordBatch:
@@ -48,7 +48,7 @@ def test_any_cut_and_any_order_of_merging_give_the_same_report(cuts: list[int], 
     while len(states) > 1:
         states.append(BINARY.merge_accumulators([states.pop(0), states.pop(random.randrange(len(states)))]))
     expected = report("binary:logistic", tally(whole, "binary:logistic", ("group",)))
-    assert as_json(BINARY.extract_output(states[0])) == as_json(expected)
+    assert metrics_record(BINARY.extract_output(states[0])) == metrics_record(expected)
 
 
 def test_weights_are_poisson_of_mean_one_and_independent() -> None:
@@ -130,7 +130,9 @@ def test_groups_are_compared_by_who_is_selected() -> None:
     parity, odds = verdicts(gates, found)
     rows = whole.to_pandas()
     rates = (rows["score"] >= 0.5).groupby(rows["__group"]).mean()
-    assert fairness(gates, found)[0]["differences"]["demographic_parity"] == pytest.approx(rates["b"] - rates["a"])
+    assert fairness_records(gates, found)[0]["differences"]["demographic_parity"] == pytest.approx(
+        rates["b"] - rates["a"]
+    )
     assert not parity.holds
     assert odds.holds
     assert "rare" not in parity.reason

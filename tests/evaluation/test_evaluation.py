@@ -18,9 +18,9 @@ from sklearn import metrics as theirs
 
 from schemas import Gates
 from schemas.models import METRICS_OF
-from transforms.evaluation.evaluate import EvaluationSlice, Report, Tallying, as_json, report, tally
+from transforms.evaluation.evaluate import EvaluationSlice, Report, Tallying, metrics_record, report, tally
 from transforms.evaluation.gates import Verdict, verdicts
-from transforms.evaluation.metrics import MetricTally, auc_error, metrics, total
+from transforms.evaluation.metrics import MetricTally, auc_error, metrics, total_tally
 
 scored = st.tuples(
     st.sampled_from([0.0, 1.0]), st.one_of(st.floats(0, 1, width=32), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
@@ -37,7 +37,7 @@ def test_binary_metrics_are_those_of_scikit_learn(rows: list[Any], positions: li
     cuts = [0, *sorted(min(position, len(rows)) for position in positions), len(rows)]
     parts = [binary(rows[low:high]) for low, high in itertools.pairwise(cuts)]
     random.shuffle(parts)
-    found = metrics("binary:logistic", total(parts))
+    found = metrics("binary:logistic", total_tally(parts))
     assert found == metrics("binary:logistic", binary(rows))
     label, score = np.array([y for y, _ in rows]), np.array([p for _, p in rows], np.float32)
     assert found["brier"] == pytest.approx(theirs.brier_score_loss(label, score, pos_label=1))
@@ -58,7 +58,7 @@ def test_binned_ranking_stays_within_its_stated_error(monkeypatch: pytest.Monkey
     exact = MetricTally.of("binary:logistic", label, score)
     assert auc_error(exact.bins) == 0  # type: ignore[arg-type]
     monkeypatch.setattr("transforms.evaluation.metrics.SCORE_BINS", 256)
-    coarse = total(MetricTally.of("binary:logistic", label[i::3], score[i::3]) for i in range(3))
+    coarse = total_tally(MetricTally.of("binary:logistic", label[i::3], score[i::3]) for i in range(3))
     assert coarse.bins is not None
     assert len(coarse.bins.keys) <= 256
     stated = auc_error(coarse.bins)
@@ -108,7 +108,7 @@ def test_multi_class_metrics_are_those_of_scikit_learn(rows: int, seed: int, pos
         if high > low
     ]
     random.shuffle(parts)
-    found = metrics("multi:softprob", total(parts))
+    found = metrics("multi:softprob", total_tally(parts))
     assert found == metrics("multi:softprob", MetricTally.of("multi:softprob", label, score))
     expected = theirs_of_several(label, score)
     assert list(found) == list(METRICS_OF["multi:softprob"]) == list(expected)
@@ -189,7 +189,7 @@ def test_slices_of_several_classes_are_judged_by_their_own_rows_and_merge_in_any
         assert set(each.intervals) == set(each.gaps) == set(each.metrics)
     tallying = Tallying("multi:softprob", SLICES)
     parts = [tallying.add_input({}, whole.slice(start, 300)) for start in (600, 0, 300)]
-    assert as_json(tallying.extract_output(tallying.merge_accumulators(parts))) == as_json(found)
+    assert metrics_record(tallying.extract_output(tallying.merge_accumulators(parts))) == metrics_record(found)
 
 
 def test_a_class_that_a_model_does_not_know_counts_against_it() -> None:
@@ -247,10 +247,10 @@ def test_slices_are_judged_by_their_own_rows() -> None:
 
 def test_a_beam_pipeline_reports_what_one_call_reports() -> None:
     whole = batch(200, 2)
-    expected = as_json(report("binary:logistic", tally(whole, "binary:logistic", SLICES)))
+    expected = metrics_record(report("binary:logistic", tally(whole, "binary:logistic", SLICES)))
     with test_pipeline.TestPipeline() as pipeline:
         parts = pipeline | beam.Create([whole.slice(0, 1), whole.slice(1, 120), whole.slice(121)])
-        found = parts | beam.CombineGlobally(Tallying("binary:logistic", SLICES)) | beam.Map(as_json)
+        found = parts | beam.CombineGlobally(Tallying("binary:logistic", SLICES)) | beam.Map(metrics_record)
         assert_that(found, equal_to([expected]))
 
 

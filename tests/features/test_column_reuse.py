@@ -24,7 +24,7 @@ from schemas.features import Feature
 from schemas.loading import Definition
 from tests.support import shop
 from tests.support.tables import rows_of
-from transforms.features.column_reuse import needed
+from transforms.features.column_reuse import sources_needed
 from transforms.features.manifest_store import WriteManifest, read_manifest
 from transforms.features.preparation import PreparedRun
 from transforms.features.trailing_features import ComputeBlock
@@ -144,7 +144,7 @@ def put(store: Path, frames: Frames) -> None:
 
 def prepare(
     store: Path, view: FeatureView, run_id: str = "r", days: tuple[int, int] | None = None, full: bool = False
-) -> tuple[features.Options, PreparedRun]:
+) -> tuple[features.FeaturesOptions, PreparedRun]:
     definition = store / "definition.py"
     definition.write_text(shop.DEFINITION)
     argv = ["--definition", str(definition), "--store", str(store), "--run_id", run_id, "--block_rows", "90"]
@@ -424,7 +424,7 @@ def test_a_spoiled_manifest_of_another_table_stops_nobody(tmp_path: Path) -> Non
 
 
 def test_what_a_feature_needs_follows_the_features_it_uses() -> None:
-    needs = needed(make([0, 3], chained=True))
+    needs = sources_needed(make([0, 3], chained=True))
     assert needs["sales_by_shop_price_mean_1d"] == {("sales", False)}
     assert needs["ends_by_shop_item_price_last_4d"] == {("sales", True)}
     assert needs["near"] == {("views", True)}

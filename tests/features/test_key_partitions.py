@@ -181,7 +181,7 @@ def write(store: Path, frames: Mapping[str, pl.DataFrame], group: int = 50, shuf
 def planned(view: FeatureView, store: Path, **choices: Any) -> tuple[plan.FeaturePlan, Inventory]:
     inventory = take_inventory(view, str(store / "sources"), NOW)
     repeats = {"pays": reader.repeats_of(inventory.contracts["pays"], inventory.slices["pays"]).first}
-    ranges = [plan.interval(view, inventory, None, None)]
+    ranges = [plan.resolve_interval(view, inventory, None, None)]
     options = plan.PlanOptions(everything=True, summarised=lifetime_sources(view), **choices)
     return plan.plan_blocks(view, inventory, ranges, repeats, options), inventory
 

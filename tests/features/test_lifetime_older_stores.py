@@ -17,7 +17,7 @@ from beam_pipelines import features
 from beam_pipelines.commands.plan import main as plan
 from beam_pipelines.commands.trace import trace
 from tests.support.tables import figures_of
-from transforms.features.manifest import OUTDATED, VERSION
+from transforms.features.manifest import MANIFEST_VERSION, OUTDATED
 from transforms.features.manifest_store import read_manifest, warn_of_outdated
 from transforms.storage.delta_tables import open_table
 
@@ -108,7 +108,7 @@ def test_a_run_of_some_days_leaves_the_others_to_be_computed(old: Path, capsys: 
     wrong = [ours != theirs for ours, theirs in zip(ever(old), RIGHT, strict=True)]
     assert wrong == [False] * 7 + [True]
     manifest = read_manifest(open_table(uri(old)))
-    assert manifest.version == VERSION
+    assert manifest.version == MANIFEST_VERSION
     assert sum(digest == OUTDATED for digest in manifest.dates.values()) == 7
     figures = run(old)
     assert figures["outdated_days"] == figures["dates"] == 7

@@ -39,7 +39,7 @@ from transforms.features.kernel import KernelTables, compute
 from transforms.features.lifetime_snapshots import lifetime_groups, read_summary
 from transforms.features.lifetime_summaries import summarise
 from transforms.features.manifest_store import read_manifest
-from transforms.features.source_digests import examine
+from transforms.features.source_digests import digest_changes
 from transforms.features.staleness import usable_snapshots
 from transforms.records.times import as_date
 from transforms.sources.inventory import take_inventory
@@ -282,7 +282,7 @@ class Sequences(RuleBasedStateMachine):
 
     # Runs.
 
-    def options(self, flags: Flags, folder: str, run_id: str) -> features.Options:
+    def options(self, flags: Flags, folder: str, run_id: str) -> features.FeaturesOptions:
         path = self.root / ("more.py" if flags.view else "definition.py")
         argv = ["--definition", str(path), "--store", str(self.root / folder), "--sources", str(self.root / "sources")]
         options = features.parse([*argv, "--run_id", run_id, "--no-statistics", *flags.words])
@@ -320,7 +320,7 @@ class Sequences(RuleBasedStateMachine):
             self.known[flags.view] = {**known, **dict.fromkeys(done, len(self.town) - 1)}
         self.check(flags, options, before)
 
-    def table(self, options: features.Options) -> pl.DataFrame | None:
+    def table(self, options: features.FeaturesOptions) -> pl.DataFrame | None:
         if open_table(options.table) is None:
             return None
         return pl.read_delta(options.table).sort("at", "id")
@@ -340,7 +340,7 @@ class Sequences(RuleBasedStateMachine):
         shops = [{"k": key, "town": where} for key, where in self.town[town].items()]
         return {**frames, "pays": first, "shops": pl.DataFrame(shops, schema=SOURCES["shops"].schema, orient="row")}
 
-    def check(self, flags: Flags, options: features.Options, before: pl.DataFrame | None) -> None:
+    def check(self, flags: Flags, options: features.FeaturesOptions, before: pl.DataFrame | None) -> None:
         view, got = VIEWS[flags.view], self.table(options)
         assert got is not None
         day = pl.col("date").cast(pl.Int32)
@@ -395,10 +395,10 @@ class Sequences(RuleBasedStateMachine):
             return table
         return pl.DataFrame(schema=self.table(self.options(plain, "store", "none")).schema)  # type: ignore[union-attr]
 
-    def check_snapshots(self, view: FeatureView, options: features.Options) -> None:
+    def check_snapshots(self, view: FeatureView, options: features.FeaturesOptions) -> None:
         """Whatever the next run may start from is the summary of all rows before."""
         manifest = read_manifest(open_table(options.table))
-        current = examine(take_inventory(view, options.sources, options.now), manifest)
+        current = digest_changes(take_inventory(view, options.sources, options.now), manifest)
         tables, groups = self.rows(0), lifetime_groups(view).values()
         for until, files in usable_snapshots(view, manifest, current, 2**62):
             for file, group in zip(files, groups, strict=True):

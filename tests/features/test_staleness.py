@@ -10,18 +10,18 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from beam_pipelines import features
-from beam_pipelines.features import Options
+from beam_pipelines.features import FeaturesOptions
 from schemas import Source
 from tests.support import shop
 from transforms.features.source_digests import _dimension_digest
-from transforms.records.row_hashing import combine, hash_column
+from transforms.records.row_hashing import combine_hashes, hash_column
 from transforms.records.times import as_date
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import slices_of
-from transforms.sources.reader import CHUNK_ROWS
+from transforms.sources.reader import READ_CHUNK_ROWS
 
 
-def at(options: Options, moment: datetime) -> Options:
+def at(options: FeaturesOptions, moment: datetime) -> FeaturesOptions:
     """The same run, launched at `moment`."""
     return dataclasses.replace(options, now=int(moment.timestamp() * 1_000_000))
 
@@ -44,7 +44,7 @@ def test_questions_too_far_ahead_are_answered_once_their_time_comes(tmp_path: Pa
 def test_a_dimension_read_in_pieces_has_the_digest_of_the_whole_in_any_order(tmp_path: Path) -> None:
     shops = Source("shops", columns={"shop": pl.Int64, "size": pl.Float64})
     rows = pl.DataFrame(
-        {"shop": np.arange(CHUNK_ROWS + 1000), "size": np.random.default_rng(1).random(CHUNK_ROWS + 1000)}
+        {"shop": np.arange(READ_CHUNK_ROWS + 1000), "size": np.random.default_rng(1).random(READ_CHUNK_ROWS + 1000)}
     )
 
     def digest(name: str, frame: pl.DataFrame, group: int) -> int:
@@ -57,7 +57,7 @@ def test_a_dimension_read_in_pieces_has_the_digest_of_the_whole_in_any_order(tmp
     whole = digest("whole", rows, len(rows))
     assert digest("pieces", rows.sample(fraction=1, shuffle=True, seed=2), 70_000) == whole
     contract = Contract(shops, ("shop", "size"))
-    hashes = combine([hash_column(rows[name]) for name in contract.columns])
+    hashes = combine_hashes([hash_column(rows[name]) for name in contract.columns])
     assert whole == int(np.add.reduce(hashes)), "the digest that tables hold already"
     changed = rows.with_columns(size=pl.when(pl.col("shop") == 77).then(0.0).otherwise("size"))
     assert digest("changed", changed, 70_000) != whole

@@ -18,13 +18,13 @@ from schemas.errors import DataError, StoreError
 from tests.support import market
 from transforms.features.block_features import features_batch
 from transforms.features.block_inputs import read_dimension
-from transforms.features.plan import FeaturePlan, PlanOptions, interval, plan_blocks
+from transforms.features.plan import FeaturePlan, PlanOptions, plan_blocks, resolve_interval
 from transforms.features.trailing_features import TrailingFeatures, compute_block
 from transforms.records.times import EPOCH, MICROSECOND
 from transforms.sources.dead_letters import DEAD_LETTERS
 from transforms.sources.inventory import take_inventory
 from transforms.sources.reader import repeats_of
-from transforms.sources.tallies import SourceTally, add_tallies, conserve
+from transforms.sources.tallies import SourceTally, add_tallies, require_conserved
 from transforms.storage.delta_tables import (
     CommitTarget,
     Committed,
@@ -55,7 +55,7 @@ def view(store: Path) -> FeatureView:
 def plan_of(view: FeatureView, store: Path, shuffled: bool, block_rows: int = 150) -> FeaturePlan:
     inventory = take_inventory(view, str(store / "sources"), NOW)
     repeats = {"sales": repeats_of(inventory.contracts["sales"], inventory.slices["sales"]).first}
-    ranges = [interval(view, inventory, None, None)]
+    ranges = [resolve_interval(view, inventory, None, None)]
     options = PlanOptions(everything=True, block_rows=block_rows, shuffled=shuffled)
     return plan_blocks(view, inventory, ranges, repeats, options)
 
@@ -215,10 +215,10 @@ def pairs(rows: pa.RecordBatch) -> Iterator[tuple[date, int]]:
 
 def test_files_that_do_not_answer_every_question_are_not_committed() -> None:
     written = [(DataFile("a", DAYS[0], 3, 1), {"date": "2020-01-01"})]
-    assert conserve(written, {"q": SourceTally("q", 4, 3, 0, 0, 1)}, "q") == written
+    assert require_conserved(written, {"q": SourceTally("q", 4, 3, 0, 0, 1)}, "q") == written
     with pytest.raises(DataError, match=r"3 feature rows of 4 spine rows.*Nothing was committed"):
-        conserve(written, {"q": SourceTally("q", 4, 4)}, "q")
+        require_conserved(written, {"q": SourceTally("q", 4, 4)}, "q")
     with pytest.raises(DataError, match="Rows are conserved"):
-        conserve(written, {"q": SourceTally("q", 3, 3), "e": SourceTally("e", 5, 3, 1)}, "q")
+        require_conserved(written, {"q": SourceTally("q", 3, 3), "e": SourceTally("e", 5, 3, 1)}, "q")
     # The same file told twice is one file.
-    assert conserve([*written, *written], {"q": SourceTally("q", 3, 3)}, "q")
+    assert require_conserved([*written, *written], {"q": SourceTally("q", 3, 3)}, "q")

@@ -26,7 +26,7 @@ from schemas.views import FeatureView
 from transforms.inference.champion_model import Champion, ChampionHandler, Serving, open_checked
 from transforms.models.bundle import Bundle
 from transforms.models.registry import Registry
-from transforms.models.scoring import Pinned, open_scorer, predict
+from transforms.models.scoring import PinnedModel, open_scorer, predict
 from transforms.storage.paths import BOOSTER, ENCODERS, MANIFEST
 from transforms.training.fit_encoders import fit
 
@@ -101,7 +101,7 @@ class Shop:
     def serving(self, **changes: Any) -> Serving:
         _, folder, digest = self.registry.locate("asks", "1")
         return dataclasses.replace(
-            Serving(self.registry.uri, "asks", self.view, Pinned(folder, "1", digest), poll=20_000), **changes
+            Serving(self.registry.uri, "asks", self.view, PinnedModel(folder, "1", digest), poll=20_000), **changes
         )
 
     def promote(self, version: str) -> None:
@@ -162,7 +162,7 @@ def test_under_load_every_row_is_scored_by_the_version_it_names(shop: Shop) -> N
         thread.join()
     champion.close()
     assert [each.after for each in champion.swaps] == list("23123")
-    scorers = {version: open_scorer(Pinned(str(shop.folder(version)), version)) for version in "123"}
+    scorers = {version: open_scorer(PinnedModel(str(shop.folder(version)), version)) for version in "123"}
     for worker, batches in enumerate(made):
         for number, batch in enumerate(batches):
             rows = rows_of(shop.view, 20, (number * 4 + worker) * 20)
@@ -282,7 +282,9 @@ def test_a_worker_that_starts_while_the_champion_is_broken_begins_with_the_launc
 
 
 def test_nothing_serves_when_even_the_launch_version_is_gone(shop: Shop, tmp_path: Path) -> None:
-    serving = shop.serving(registry=f"sqlite:///{tmp_path}/none.db", first=Pinned(str(tmp_path / "none"), "9", "0"))
+    serving = shop.serving(
+        registry=f"sqlite:///{tmp_path}/none.db", first=PinnedModel(str(tmp_path / "none"), "9", "0")
+    )
     with pytest.raises(StoreError, match="files can be read"):
         Champion(serving, watch=False)
     with pytest.raises(MismatchError, match="same columns throughout"):

@@ -32,12 +32,12 @@ from transforms.inference.live_input import replayed, to_score
 from transforms.inference.live_output import Outlet, PendingPredictions, begin_at, to_envelope
 from transforms.inference.live_records import BatchOrigin, MessageRange, ScoringState
 from transforms.lineage.prediction_parity import Rescored, rescore
-from transforms.models.scoring import Pinned, open_scorer
+from transforms.models.scoring import PinnedModel, open_scorer
 from transforms.records.record_batches import batch
 from transforms.records.times import FOREVER
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import BOOSTER
-from transforms.streaming.live_tables import Writer
+from transforms.streaming.live_tables import TableWriter
 from transforms.streaming.messages import Message, heartbeat, to_arrow
 
 
@@ -169,7 +169,7 @@ def feed(
     house: House, outlet: Outlet, version: str, messages: list[Message], by_row: bool = False, commit: bool = True
 ) -> PendingPredictions:
     """One job's life by hand: messages → scores → a ledger that starts where the table stands."""
-    model = Pinned(str(house.folder(version)), version)
+    model = PinnedModel(str(house.folder(version)), version)
     serving = Serving(house.registry.uri, "orders", outlet.view, model)
     ledger = PendingPredictions(outlet, begin_at(outlet, {0: 0, 1: 0}))
     champion = Champion(serving, watch=False)
@@ -212,7 +212,7 @@ def test_every_row_is_in_the_table_once_whatever_comes_again_and_wherever_it_die
         Message("orders.features", p, len(part) + (p == 0), 2**50, *heartbeat(FOREVER)) for p, part in enumerate(stream)
     ]
     every = [*stream[0], *stream[1], garbage, *ends]
-    append = Writer.append
+    append = TableWriter.append
     for life in range(random.randrange(1, 6)):
         start = begin_at(outlet, {0: 0, 1: 0}).next
         unread = [each for each in every if each.offset >= start[each.partition]]
@@ -220,14 +220,14 @@ def test_every_row_is_in_the_table_once_whatever_comes_again_and_wherever_it_die
         seen, dies = unread[: random.randrange(len(unread) + 1)], random.randrange(3)
         done: list[str] = []
 
-        def dying(self: Writer, *args: Any, done: list[str] = done, dies: int = dies, **named: Any) -> int:
+        def dying(self: TableWriter, *args: Any, done: list[str] = done, dies: int = dies, **named: Any) -> int:
             if len(done) == dies:
                 raise Killed
             done.append(self.uri)
             return append(self, *args, **named)
 
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
-            patch.setattr(Writer, "append", dying)
+            patch.setattr(TableWriter, "append", dying)
             feed(house, outlet, "123"[life % 3], seen)
     start = begin_at(outlet, {0: 0, 1: 0}).next
     ledger = feed(house, outlet, "1", [each for each in every if each.offset >= start[each.partition]])
@@ -301,7 +301,7 @@ def test_an_end_is_one_only_while_nothing_follows(house: House) -> None:
     first, second, *_ = messages_of(house, 1200, partitions=1)
     end = Message("orders.features", 0, 1, 2**50, *heartbeat(FOREVER))
     ledger = PendingPredictions(outlet, ScoringState("orders.features", {0: 0}))
-    serving = Serving(house.registry.uri, "orders", outlet.view, Pinned(str(house.folder("1")), "1"))
+    serving = Serving(house.registry.uri, "orders", outlet.view, PinnedModel(str(house.folder("1")), "1"))
     champion = Champion(serving, watch=False)
 
     def take(*messages: Message) -> None:

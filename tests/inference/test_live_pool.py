@@ -21,7 +21,7 @@ from tests.support.live_fixtures import Live
 from tests.support.live_histories import commits, history
 from tests.support.live_inference_case import ROWS, House
 from tests.support.live_jobs import Stage, await_, end, slots
-from transforms.lineage.feature_parity import check
+from transforms.lineage.feature_parity import check_parity
 from transforms.models.registry import registry_uri
 from transforms.records.times import FOREVER
 from transforms.storage.delta_tables import data_files, open_table, read_group
@@ -167,7 +167,7 @@ def test_both_jobs_over_a_pool_give_what_batch_gives_and_one_restarts_amid(
                 said = end(second)
         end(scores, 60)
     assert "questions unaccounted for  0" in said
-    found = check(view, str(store))
+    found = check_parity(view, str(store))
     assert (found.feature_rows, found.differing, found.uncomputed) == (ROWS, 0, 0)
     table = open_table(str(store / "predictions_live" / "orders"))
     assert table is not None

@@ -18,7 +18,7 @@ from schemas.errors import DataError
 from tests.support.live_dimensions_case import SHOPS, asked
 from tests.support.live_inference_case import House
 from tests.support.live_turns import read, view
-from transforms.lineage.live_trace import looked_up, visible_to
+from transforms.lineage.live_trace import dimensions_used, visible_to
 from transforms.models.registry import registry_uri
 from transforms.storage.paths import features_live_uri, sources_root
 from transforms.streaming.row_origin import cut_of
@@ -120,11 +120,11 @@ def test_an_answer_names_the_dimensions_that_it_looked_up(tmp_path: Path) -> Non
     SHOPS.cast({"size": view.dimensions["shops"].schema["size"]}).write_parquet(path)
     asked(tmp_path, 1, "a").commit()
     row = read(features_live_uri(str(tmp_path), view.name, view.fingerprint)).row(0, named=True)
-    (looked,) = looked_up(str(tmp_path), row)
+    (looked,) = dimensions_used(str(tmp_path), row)
     assert looked.path is not None
     assert pl.read_ipc(looked.path)["k"].to_list() == ["a", "b"]
     Path(looked.path).unlink()
-    assert looked_up(str(tmp_path), row)[0].path is None
+    assert dimensions_used(str(tmp_path), row)[0].path is None
     seen = {each.source: each for each in visible_to(view, str(tmp_path), row)}
     assert list(seen) == ["questions", "events", "sales", "placed"]
     assert seen["questions"].cut == {0: 12, 1: 12}

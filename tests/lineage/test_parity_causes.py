@@ -28,13 +28,13 @@ from transforms.lineage.counted_rows import (
     REJECTED,
     REPEAT,
     UNEXPLAINED,
-    Batch,
+    BatchSide,
 )
-from transforms.lineage.difference_causes import Full, compare
+from transforms.lineage.difference_causes import FullComparison, compare_with_full
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri
-from transforms.streaming.live_tables import NewDeadLetters, Writer
+from transforms.streaming.live_tables import NewDeadLetters, TableWriter
 from transforms.streaming.messages import Message, heartbeat, to_arrow
 from transforms.streaming.repeats import Deduplicated, RepeatFinder
 from transforms.streaming.replay import Replay, chunks_of
@@ -66,14 +66,14 @@ def batch(folder: Path, frames: Frames) -> Path:
     return market.write(folder / "batch", frames)
 
 
-def compared(folder: Path, sent: Frames, held: Frames, **how: Any) -> Full:
+def compared(folder: Path, sent: Frames, held: Frames, **how: Any) -> FullComparison:
     view, store = live(folder, sent, **how)
-    full = compare(view, str(store), Batch.of(view, str(batch(folder, held))))
+    full = compare_with_full(view, str(store), BatchSide.of(view, str(batch(folder, held))))
     assert full.feature_rows
     return full
 
 
-def named(full: Full) -> set[str]:
+def named(full: FullComparison) -> set[str]:
     return {*full.causes, *full.only_live, *full.only_batch}
 
 
@@ -132,7 +132,7 @@ def letters_about(view: FeatureView, store: Path, rows: pl.DataFrame, source: st
         pl.col(time).alias("arrived"),
         pl.col(time).dt.date().alias("date"),
     )
-    writer = Writer(live_dead_letters_uri(str(store), view.name), LIVE_DEAD_LETTERS, "live/a test", "t")
+    writer = TableWriter(live_dead_letters_uri(str(store), view.name), LIVE_DEAD_LETTERS, "live/a test", "t")
     assert writer.append(told, 1, {}, NewDeadLetters("live/a test")) == len(rows)
 
 
@@ -142,7 +142,7 @@ def test_rows_refused_as_older_than_the_start_are_told_from_those_never_had(tmp_
     held = str(batch(tmp_path, frames))
     old = frames["stock"].filter(pl.col("counted") < start)
     letters_about(view, store, old, "stock", "counted")
-    full = compare(view, str(store), Batch.of(view, held))
+    full = compare_with_full(view, str(store), BatchSide.of(view, held))
     assert named(full) == {HISTORY, BEFORE_START}, full
     for label, source in ((BEFORE_START, "stock"), (HISTORY, "stock")):
         told = {each["feature"].startswith(source) for each in full.causes[label].examples}
@@ -229,7 +229,7 @@ def test_a_row_rejected_live_alone_for_the_clock_of_its_arrival(tmp_path: Path, 
     for messages in chunks_of(view, sent, Replay("", partitions=1, chunk=3 * HOUR)):
         job.take(messages)
     job.commit()
-    full = compare(view, str(store), Batch.of(view, str(batch(tmp_path, frames))))
+    full = compare_with_full(view, str(store), BatchSide.of(view, str(batch(tmp_path, frames))))
     assert named(full) == {REJECTED}, full
 
 

@@ -25,7 +25,7 @@ from schemas import Derived, FeatureView, Label, Model, Source, TimeSplit, encod
 from schemas.errors import MismatchError
 from schemas.splits import LABEL
 from transforms.models.encoders import Encoding, Fitted
-from transforms.training.fit_encoders import Fit, Fitting, declared, fit
+from transforms.training.fit_encoders import FitEncoders, Fitting, declared_inputs, fit
 
 ALL = {
     "ordinal": encoders.Ordinal(max_size=2),
@@ -264,6 +264,9 @@ def test_a_beam_pipeline_fits_what_one_call_fits() -> None:
     assert fitted.inputs == {"double": "float", "word": "string"}
     with test_pipeline.TestPipeline() as pipeline:
         found = (
-            pipeline | beam.Create([rows.slice(0, 7), rows.slice(7)]) | Fit(declared(model)) | beam.Map(Fitted.to_json)
+            pipeline
+            | beam.Create([rows.slice(0, 7), rows.slice(7)])
+            | FitEncoders(declared_inputs(model))
+            | beam.Map(Fitted.to_json)
         )
         assert_that(found, equal_to([fitted.to_json()]))

@@ -21,7 +21,7 @@ from schemas.errors import MismatchError, StoreError
 from tests.support.trained_models import trained
 from transforms.models.mlflow_pyfunc import load_pyfunc
 from transforms.models.registry import Registry, RunRecord, registry_uri
-from transforms.models.scoring import Pinned, open_scorer, score
+from transforms.models.scoring import PinnedModel, open_scorer, score
 from transforms.storage.paths import BOOSTER
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ def invoke(port: int, body: bytes) -> list[dict[str, float]]:
 
 def test_a_server_gives_the_scores_of_a_batch_job_to_the_bit(folder: str) -> None:
     data, batch = rows()
-    expected = score(open_scorer(Pinned(folder)), batch)
+    expected = score(open_scorer(PinnedModel(folder)), batch)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,7 +95,7 @@ def test_a_server_gives_the_scores_of_a_batch_job_to_the_bit(folder: str) -> Non
     assert np.array([each["score"] for each in found], np.float32).tobytes() == expected.tobytes()
     x, n = zip(*EXAMPLE["data"])
     raw = pa.RecordBatch.from_arrays([pa.array(x, pa.float32()), pa.array(n, pa.int64())], ["x", "n"])
-    of_example = score(open_scorer(Pinned(folder)), raw)
+    of_example = score(open_scorer(PinnedModel(folder)), raw)
     assert np.array([each["score"] for each in example], np.float32).tobytes() == of_example.tobytes()
 
 

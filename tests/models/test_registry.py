@@ -15,7 +15,7 @@ import pytest
 
 from schemas.errors import StoreError
 from tests.support.trained_models import trained
-from transforms.models.bundle import Bundle, digest_of, load, save
+from transforms.models.bundle import Bundle, bundle_digest, load_bundle, save_bundle
 from transforms.models.registry import Registry, RunRecord, preparing_database, registry_uri
 from transforms.storage.paths import BOOSTER, ENCODERS, MANIFEST
 
@@ -36,15 +36,15 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Registry, Path]:
 
 def test_a_saved_bundle_is_loaded_to_the_byte(tmp_path: Path) -> None:
     bundle = trained()
-    digest = save(bundle, tmp_path / "model")
-    again = load(tmp_path / "model", digest)
+    digest = save_bundle(bundle, tmp_path / "model")
+    again = load_bundle(tmp_path / "model", digest)
     assert (again.booster, again.encoders, again.manifest) == (bundle.booster, bundle.encoders, bundle.manifest)
     assert (again.name, again.fingerprint, again.classes) == ("delay", "f" * 16, 1)
-    assert digest == digest_of(tmp_path / "model") == save(again, tmp_path / "copy")
+    assert digest == bundle_digest(tmp_path / "model") == save_bundle(again, tmp_path / "copy")
 
 
 def test_a_bundle_holds_neither_pickle_nor_code(tmp_path: Path) -> None:
-    save(trained(), tmp_path)
+    save_bundle(trained(), tmp_path)
     assert sorted(os.listdir(tmp_path)) == [BOOSTER, ENCODERS, MANIFEST]
     for name in (ENCODERS, MANIFEST):
         json.loads((tmp_path / name).read_text())
@@ -54,25 +54,25 @@ def test_a_bundle_holds_neither_pickle_nor_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [BOOSTER, ENCODERS])
 @pytest.mark.parametrize("where", [0, -2])
 def test_one_changed_byte_is_refused_with_both_digests(tmp_path: Path, name: str, where: int) -> None:
-    save(trained(), tmp_path)
+    save_bundle(trained(), tmp_path)
     expected = json.loads((tmp_path / MANIFEST).read_text())["files"][name]["sha256"]
     content = bytearray((tmp_path / name).read_bytes())
     content[where] ^= 1
     (tmp_path / name).write_bytes(content)
     with pytest.raises(StoreError, match="as they were saved") as caught:
-        load(tmp_path)
+        load_bundle(tmp_path)
     assert expected in str(caught.value)
     assert hashlib.sha256(content).hexdigest() in str(caught.value)
     assert name in str(caught.value)
 
 
 def test_a_changed_manifest_is_refused_by_its_digest(tmp_path: Path) -> None:
-    digest = save(trained(), tmp_path)
+    digest = save_bundle(trained(), tmp_path)
     text = (tmp_path / MANIFEST).read_text().replace("somewhere", "elsewhere")
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(StoreError, match=digest):
-        load(tmp_path, digest)
-    assert load(tmp_path).manifest["feature_table"]["uri"] == "elsewhere"  # nobody asked
+        load_bundle(tmp_path, digest)
+    assert load_bundle(tmp_path).manifest["feature_table"]["uri"] == "elsewhere"  # nobody asked
 
 
 @pytest.mark.parametrize(
@@ -86,24 +86,24 @@ def test_a_changed_manifest_is_refused_by_its_digest(tmp_path: Path) -> None:
     ],
 )
 def test_a_manifest_that_says_nothing_is_refused(tmp_path: Path, content: str, word: str) -> None:
-    save(trained(), tmp_path)
+    save_bundle(trained(), tmp_path)
     (tmp_path / MANIFEST).write_text(content)
     with pytest.raises(StoreError, match=word):
-        load(tmp_path)
+        load_bundle(tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    save(trained(), tmp_path)
+    save_bundle(trained(), tmp_path)
     (tmp_path / BOOSTER).unlink()
     with pytest.raises(StoreError, match=rf"{BOOSTER}: No such file.* Restore"):
-        load(tmp_path)
+        load_bundle(tmp_path)
 
 
 def test_a_manifest_names_what_scoring_needs(tmp_path: Path) -> None:
     bundle = trained()
     manifest = {name: value for name, value in bundle.manifest.items() if name != "time"}
     with pytest.raises(StoreError, match="no time"):
-        save(Bundle(bundle.booster, bundle.encoders, manifest), tmp_path)
+        save_bundle(Bundle(bundle.booster, bundle.encoders, manifest), tmp_path)
 
 
 def test_the_first_registration_makes_everything(registry: Registry, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_registration_cut_short_is_completed(registry: Registry) -> None:
     assert registry.register(trained(), "run-1", RunRecord({"seconds": 1.5, "depth": 2})) == "1"
     assert [each.info.run_id for each in client.search_runs([experiment])] == [run.info.run_id]
     assert client.get_run(run.info.run_id).data.params == {"seconds": "1.25", "depth": "2"}
-    assert load(registry.resolve("delay", 1)[1]).booster == trained().booster
+    assert load_bundle(registry.resolve("delay", 1)[1]).booster == trained().booster
 
 
 def test_champion_is_promoted_and_resolved(registry: Registry) -> None:
@@ -164,8 +164,8 @@ def test_champion_is_promoted_and_resolved(registry: Registry) -> None:
     assert registry.promote("delay", 2, "again") == "2"
     assert registry.champion("delay") == "2"
     version, folder = registry.resolve("delay")
-    assert (version, load(folder).booster) == ("2", trained(1).booster)
-    assert load(registry.resolve("delay", "1")[1]).booster == trained(0).booster
+    assert (version, load_bundle(folder).booster) == ("2", trained(1).booster)
+    assert load_bundle(registry.resolve("delay", "1")[1]).booster == trained(0).booster
     moves = [(each["version"], each["before"], each["why"]) for each in registry.history("delay")]
     assert moves == [("1", None, "gates held"), ("2", "1", "better")]
     assert registry.history("delay")[0]["who"] == "lead"
@@ -198,10 +198,10 @@ def test_a_registered_model_altered_on_disk_is_refused(shared: tuple[Registry, P
     (folder,) = (store / "registry").rglob("model")
     manifest = folder / MANIFEST
     before = manifest.read_bytes()
-    digest = digest_of(folder)
+    digest = bundle_digest(folder)
     try:
         manifest.write_bytes(before.replace(b"somewhere", b"elsewhere"))
-        with pytest.raises(StoreError, match=rf"SHA-256 {digest_of(folder)}, saved with {digest}"):
+        with pytest.raises(StoreError, match=rf"SHA-256 {bundle_digest(folder)}, saved with {digest}"):
             registry.resolve("delay", "1")
     finally:
         manifest.write_bytes(before)
@@ -270,6 +270,20 @@ def test_mlflow_is_quiet_and_imported_only_when_spoken_to(tmp_path: Path) -> Non
     assert not [line for line in done.stderr.splitlines() if "mlflow" in line or "alembic" in line]
 
 
+def test_a_local_registry_is_read_without_mlflow(shared: tuple[Registry, Path]) -> None:
+    """Nor with what MLflow would bring along: `models` and `trace` then start in a fraction of the time."""
+    registry, _ = shared
+    code = (
+        "import sys; from transforms.models.registry import Registry\n"
+        f"r = Registry({registry.uri!r})\n"
+        "print(r.champion('delay'), r.models(), r.numbers('delay'), r.run_of('delay', '1'), r.resolve('delay', 1)[0])\n"
+        "print(r.versions('delay')[0].run, r.records('delay'), r.history('delay'))\n"
+        "assert not {'mlflow', 'sqlalchemy', 'pandas', 'apache_beam'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.returncode) == ("None [('delay', '1')] ['1'] run-1 1\nrun-1 [] []\n", 0), done.stderr
+
+
 @pytest.mark.slow
 def test_a_server_that_proxies_files_does_as_sqlite_does(tmp_path: Path) -> None:
     with contextlib.closing(socket.socket()) as free:
@@ -303,7 +317,7 @@ def test_a_server_that_proxies_files_does_as_sqlite_does(tmp_path: Path) -> None
         assert registry.register(trained(1), "b") == "2"
         registry.promote("delay", "2", "better")
         version, folder = registry.resolve("delay")
-        assert (version, load(folder).booster) == ("2", trained(1).booster)
+        assert (version, load_bundle(folder).booster) == ("2", trained(1).booster)
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)

@@ -16,10 +16,10 @@ from sqlalchemy.engine import make_url
 
 from schemas.errors import StoreError
 from tests.support.trained_models import trained
-from transforms.models.bundle import load
+from transforms.models.bundle import load_bundle
 from transforms.models.champion_moves import ChampionMoves
 from transforms.models.registry import Registry, RunRecord, registry_uri
-from transforms.models.registry_address import relative_address, shown, sqlite_path
+from transforms.models.registry_address import relative_address, sqlite_path, without_password
 
 # What a person can make: the registry works there, and nothing is made beside it.
 NAMES = [
@@ -84,7 +84,7 @@ def test_a_registry_works_in_a_folder_of_any_name(made: Path, tmp_path: Path, na
     assert make_url(registry.uri).database == str(store / "registry/mlflow.db") == str(sqlite_path(registry.uri))
     assert registry.register(trained(7), "run-7") == "4"
     version, folder = registry.resolve("delay", "4")
-    assert load(folder).booster == trained(7).booster
+    assert load_bundle(folder).booster == trained(7).booster
     assert Path(folder).is_relative_to(store)
     assert registry.promote("delay", version, "better") == "1"
     assert registry.champion("delay") == "4"
@@ -128,7 +128,7 @@ def test_a_missing_driver_is_named_without_the_password(uri: str) -> None:
     with pytest.raises(StoreError, match=r"driver of a registry's database.*pip install") as caught:
         Registry(uri).champion("delay")
     assert "secret" not in str(caught.value)
-    assert shown(uri).startswith(uri.partition(":secret")[0])
+    assert without_password(uri).startswith(uri.partition(":secret")[0])
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "cut", "foreign"])
@@ -295,7 +295,7 @@ def test_an_mlmodel_with_other_code_is_refused_before_anything_is_loaded(store: 
     registry = Registry(registry_uri(str(store)))
     folder = Path(registry.resolve("delay", "2")[1])
     (folder / "MLmodel").write_text(f"flavors:\n  {flavors}\n")
-    for reading in (lambda: registry.resolve("delay", "2"), lambda: load(folder)):
+    for reading in (lambda: registry.resolve("delay", "2"), lambda: load_bundle(folder)):
         with pytest.raises(StoreError, match="MLmodel"):
             reading()
     assert not Path("/tmp/millrace-evil").exists()
@@ -315,4 +315,4 @@ def test_a_model_file_that_is_none_is_refused_at_once(store: Path, name: str, ki
     else:
         path.write_bytes(whole[:40])
     with pytest.raises(StoreError):
-        load(registry.resolve("delay", "2")[1])
+        load_bundle(registry.resolve("delay", "2")[1])

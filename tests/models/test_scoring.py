@@ -21,10 +21,10 @@ from schemas import encoders
 from schemas.errors import DefinitionError, MillraceError, MismatchError, StoreError
 from schemas.tables import predictions
 from transforms.models import scoring
-from transforms.models.bundle import Bundle, digest_of, save
+from transforms.models.bundle import Bundle, bundle_digest, save_bundle
 from transforms.models.encoders import Encoding, Fitted
 from transforms.models.scoring import (
-    Pinned,
+    PinnedModel,
     RecordBatchHandler,
     Score,
     Scorer,
@@ -98,14 +98,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     root = tmp_path_factory.mktemp("models")
     kinds = {"binary:logistic": 1, "reg:squarederror": 1, "multi:softprob": 3}
     for kind, classes in kinds.items():
-        save(bundle(kind, classes), root / kind.split(":")[0])
+        save_bundle(bundle(kind, classes), root / kind.split(":")[0])
     return {kind: str(root / kind.split(":")[0]) for kind in kinds}
 
 
 @pytest.fixture(scope="module")
 def scorers(folders: dict[str, str]) -> dict[str, Scorer]:
     # One thread: on busy cores the threads of tiny calls wait for each other far longer than they work.
-    return {kind: open_scorer(Pinned(folder, "7"), threads=1) for kind, folder in folders.items()}
+    return {kind: open_scorer(PinnedModel(folder, "7"), threads=1) for kind, folder in folders.items()}
 
 
 def oracle(scorer: Scorer, batch: pa.RecordBatch) -> np.ndarray:
@@ -147,7 +147,7 @@ WHOLE = rows(3_000)
 
 def test_a_score_does_not_depend_on_threads(folders: dict[str, str], scorers: dict[str, Scorer]) -> None:
     for kind, folder in folders.items():
-        many = open_scorer(Pinned(folder), threads=4)
+        many = open_scorer(PinnedModel(folder), threads=4)
         assert score(many, WHOLE).tobytes() == score(scorers[kind], WHOLE).tobytes()
 
 
@@ -234,25 +234,25 @@ def test_a_model_altered_on_disk_scores_nothing(folders: dict[str, str], tmp_pat
     content[len(content) // 2] ^= 1
     (tmp_path / BOOSTER).write_bytes(content)
     with pytest.raises(StoreError, match="SHA-256"):
-        open_scorer(Pinned(str(tmp_path), digest=digest_of(folder)))
+        open_scorer(PinnedModel(str(tmp_path), digest=bundle_digest(folder)))
 
 
 def test_a_booster_that_is_none_and_one_of_other_columns_are_refused(tmp_path: Path) -> None:
     whole = bundle("binary:logistic")
-    save(dataclasses.replace(whole, booster=b"{L\x00"), tmp_path / "garbage")
+    save_bundle(dataclasses.replace(whole, booster=b"{L\x00"), tmp_path / "garbage")
     with pytest.raises(StoreError, match="this XGBoost reads"):
-        open_scorer(Pinned(str(tmp_path / "garbage")))
-    save(dataclasses.replace(whole, encoders=Fitted(ENCODINGS[:3])), tmp_path / "narrow")
+        open_scorer(PinnedModel(str(tmp_path / "garbage")))
+    save_bundle(dataclasses.replace(whole, encoders=Fitted(ENCODINGS[:3])), tmp_path / "narrow")
     with pytest.raises(MismatchError, match="7 and 3 columns"):
-        open_scorer(Pinned(str(tmp_path / "narrow")))
-    save(dataclasses.replace(whole, manifest={**whole.manifest, "classes": 3}), tmp_path / "classes")
+        open_scorer(PinnedModel(str(tmp_path / "narrow")))
+    save_bundle(dataclasses.replace(whole, manifest={**whole.manifest, "classes": 3}), tmp_path / "classes")
     with pytest.raises(MismatchError, match="1 scores a row, 3 in the manifest"):
-        open_scorer(Pinned(str(tmp_path / "classes")))
+        open_scorer(PinnedModel(str(tmp_path / "classes")))
 
 
 def test_an_unregistered_model_signs_with_its_digest(folders: dict[str, str]) -> None:
     folder = folders["binary:logistic"]
-    assert open_scorer(Pinned(folder)).version == digest_of(folder)[:12]
+    assert open_scorer(PinnedModel(folder)).version == bundle_digest(folder)[:12]
 
 
 def test_score_in_a_pipeline_answers_every_batch_once(folders: dict[str, str], scorers: dict[str, Scorer]) -> None:
@@ -264,7 +264,7 @@ def test_score_in_a_pipeline_answers_every_batch_once(folders: dict[str, str], s
         assert pl.from_arrow(pa.Table.from_batches(found)).sort("id").equals(expected)
 
     with Pipeline() as pipeline:
-        scored = pipeline | beam.Create(parts) | Score(Pinned(folders["binary:logistic"], "7"))
+        scored = pipeline | beam.Create(parts) | Score(PinnedModel(folders["binary:logistic"], "7"))
         assert_that(scored, same)
 
 
@@ -276,12 +276,12 @@ def test_a_mistake_in_a_pipeline_names_itself(folders: dict[str, str]) -> None:
         pytest.raises((MillraceError, RuntimeError), match="every input of the model") as caught,
         Pipeline() as pipeline,
     ):
-        _ = pipeline | beam.Create([wrong]) | Score(Pinned(folders["binary:logistic"]))
+        _ = pipeline | beam.Create([wrong]) | Score(PinnedModel(folders["binary:logistic"]))
     assert isinstance(recovered(caught.value), MillraceError)
 
 
 def test_the_handler_travels_and_takes_another_model(folders: dict[str, str]) -> None:
-    handler = pickle.loads(pickle.dumps(RecordBatchHandler(Pinned(folders["binary:logistic"], "7"), "b", 1)))
+    handler = pickle.loads(pickle.dumps(RecordBatchHandler(PinnedModel(folders["binary:logistic"], "7"), "b", 1)))
     batch = rows(10)
     (first,) = handler.run_inference(batch, handler.load_model())
     assert set(first.column(first.schema.get_field_index("arm")).to_pylist()) == {"b"}
@@ -290,5 +290,5 @@ def test_the_handler_travels_and_takes_another_model(folders: dict[str, str]) ->
     assert handler.model.version == "7"
     handler.update_model_path(folders["reg:squarederror"])
     (second,) = handler.run_inference(batch, handler.load_model())
-    version = digest_of(folders["reg:squarederror"])[:12]
+    version = bundle_digest(folders["reg:squarederror"])[:12]
     assert set(second.column(second.schema.get_field_index("model_version")).to_pylist()) == {version}

@@ -8,7 +8,7 @@ import pytest
 
 from schemas.errors import StoreError
 from tests.support.trained_models import trained
-from transforms.models.bundle import load, model_manifest, save
+from transforms.models.bundle import load_bundle, model_manifest, save_bundle
 from transforms.storage.paths import MANIFEST
 
 
@@ -29,14 +29,14 @@ def changed(folder: Path, **values: Any) -> None:
     ],
 )
 def test_a_value_of_another_type_is_named_by_file_and_key(tmp_path: Path, name: str, value: Any, key: str) -> None:
-    save(trained(), tmp_path)
+    save_bundle(trained(), tmp_path)
     changed(tmp_path, **{name: value})
-    for read in (load, model_manifest):
+    for read in (load_bundle, model_manifest):
         with pytest.raises(StoreError, match=rf"{MANIFEST}: {key}: .*Restore the file"):
             read(tmp_path)
 
 
 def test_a_key_of_another_version_is_kept(tmp_path: Path) -> None:
-    save(trained(), tmp_path)
+    save_bundle(trained(), tmp_path)
     changed(tmp_path, later={"a": [1, 2.5, None]})
-    assert load(tmp_path).manifest["later"] == {"a": [1, 2.5, None]}
+    assert load_bundle(tmp_path).manifest["later"] == {"a": [1, 2.5, None]}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from transforms.records.exact_sums import Bins, Moments, exact_sum, group_sums, ratio
+from transforms.records.exact_sums import Bins, Moments, as_fraction, exact_sum, group_sums
 
 doubles = st.floats(allow_nan=False, allow_infinity=False)
 singles = st.floats(allow_nan=False, allow_infinity=False, width=32)
@@ -19,7 +19,7 @@ singles = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 @given(st.lists(doubles, max_size=40))
 def test_a_sum_is_exact(values: list[float]) -> None:
-    assert ratio(exact_sum(np.array(values, np.float64))) == sum(map(Fraction, values))
+    assert as_fraction(exact_sum(np.array(values, np.float64))) == sum(map(Fraction, values))
 
 
 @given(st.lists(st.tuples(doubles, st.integers(0, 5000)), max_size=40))
@@ -27,13 +27,13 @@ def test_sums_of_groups_are_exact(rows: list[tuple[float, int]]) -> None:
     values, groups = np.array([v for v, _ in rows], np.float64), np.array([g for _, g in rows], np.int64)
     found = group_sums(values, groups, 5001)
     for group in {g for _, g in rows} | {7}:
-        assert ratio(found[group]) == sum(Fraction(v) for v, g in rows if g == group)
+        assert as_fraction(found[group]) == sum(Fraction(v) for v, g in rows if g == group)
 
 
 def test_sums_over_more_rows_than_fit_a_double(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transforms.records.exact_sums._MOST", 3)
     values = np.random.default_rng(0).normal(size=20)
-    assert ratio(exact_sum(values)) == sum(map(Fraction, values.tolist()))
+    assert as_fraction(exact_sum(values)) == sum(map(Fraction, values.tolist()))
 
 
 @given(st.lists(singles | st.just(math.nan), max_size=40), st.integers(0, 40))

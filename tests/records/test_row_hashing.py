@@ -13,7 +13,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transforms.records.row_hashing import combine, hash_column, hash_text, mix, prediction_ids, row_ids
+from transforms.records.row_hashing import combine_hashes, hash_column, hash_text, mix_bits, prediction_ids, row_ids
 
 ROOT = Path(__file__).parents[2]
 WORD = 2**64
@@ -33,13 +33,13 @@ def slow_text(text: str) -> int:
 
 @given(values=st.lists(st.integers(0, WORD - 1), min_size=1, max_size=20))
 def test_the_mixer_is_splitmix64(values: list[int]) -> None:
-    assert mix(np.array(values, np.uint64)).tolist() == [slow_mix(value) for value in values]
+    assert mix_bits(np.array(values, np.uint64)).tolist() == [slow_mix(value) for value in values]
 
 
 def test_the_mixer_gives_the_published_values() -> None:
     # The first outputs of splitmix64 seeded with 0 (its state is the seed plus the golden ratio's multiples).
     states = np.array([0, 0x9E3779B97F4A7C15, 0x3C6EF372FE94F82A], np.uint64)
-    assert mix(states).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert mix_bits(states).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 
 
 @given(texts=st.lists(st.text(max_size=300), min_size=1, max_size=20))
@@ -136,7 +136,7 @@ def test_a_prediction_adds_model_and_arm() -> None:
 def test_ids_never_change() -> None:
     """Pinned: tables hold them."""
     rows = [pl.Series([1, None]), pl.Series(["JFK", "é"]), pl.Series([datetime(2013, 1, 1, tzinfo=UTC), None])]
-    expected = [combine([hash_text("v")])]
+    expected = [combine_hashes([hash_text("v")])]
     for a, b, c in ((1, "JFK", 1_356_998_400_000_000), (None, "é", None)):
         parts = [
             slow_text("v"),

@@ -23,11 +23,11 @@ from beam_pipelines import features, training
 from schemas.errors import GateError
 from tests.support import shop
 from transforms.evaluation.shap import ExplainedSample, by_input, contributions, explain
-from transforms.models.bundle import load
+from transforms.models.bundle import load_bundle
 from transforms.models.registry import Registry, registry_uri
-from transforms.models.scoring import Pinned, open_scorer
+from transforms.models.scoring import PinnedModel, open_scorer
 from transforms.reports.charts import Axis
-from transforms.reports.formatting import given, interval, named, number, shown
+from transforms.reports.formatting import format_number, given, interval, named, number
 from transforms.reports.header import outcome
 from transforms.reports.report import FILE, render, templates
 
@@ -197,7 +197,7 @@ def texts(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def test_no_text_of_the_account_becomes_markup(store: Path) -> None:
     """Every text in turn is a script, whatever it says: a name, a reason, an address, a version."""
     for run in RUNS:
-        kept = json.dumps([account(store, run), load(store / "runs" / run / "model").manifest])
+        kept = json.dumps([account(store, run), load_bundle(store / "runs" / run / "model").manifest])
         seen = 0
         for way in texts(json.loads(kept)):
             arguments = json.loads(kept)
@@ -245,7 +245,7 @@ def test_the_report_is_an_artifact_and_in_the_closing_account(store: Path) -> No
 
 
 def scorer_and_rows(store: Path, run: str) -> tuple[Any, pa.RecordBatch]:
-    scorer = open_scorer(Pinned(str(store / "runs" / run / "model")), 1)
+    scorer = open_scorer(PinnedModel(str(store / "runs" / run / "model")), 1)
     rows = pl.read_parquet(store / f"examples/{run}/{run}/test-*.parquet").to_arrow().combine_chunks()
     (batch,) = rows.to_batches()
     schema = pa.schema(
@@ -293,9 +293,9 @@ def test_the_same_rows_are_sampled_however_they_are_cut() -> None:
 def test_a_model_without_contributions_still_has_a_report(store: Path) -> None:
     content = account(store, "binary")
     content["explanation"] = {"rows": 0, "unit": "", "base": [], "inputs": [], "reason": "XGBoost refused"}
-    page = Page(render(content, load(store / "runs/binary/model").manifest))
+    page = Page(render(content, load_bundle(store / "runs/binary/model").manifest))
     assert "There are no contributions: XGBoost refused" in page.text
-    assert explain(None, Pinned("nowhere"), "binary:logistic").reason == "there are no test rows"
+    assert explain(None, PinnedModel("nowhere"), "binary:logistic").reason == "there are no test rows"
 
 
 def test_a_report_compares_with_the_champion(store: Path) -> None:
@@ -319,7 +319,7 @@ def test_markup_escapes_and_keeps_exact_values() -> None:
     assert written.replace("&#34;", "&quot;") == '<b title="&quot;&amp;">&lt;i&gt;</b>'
     assert named("a_b<c>") == '<span class="name">a_<wbr>b&lt;c&gt;</span>'
     assert Page(str(number(0.1 + 0.2))).values == ["0.30000000000000004"]
-    assert [shown(value) for value in (336776, 0.7523149, -12.3456, 1.234e-5, 0.0, float("nan"))] == [
+    assert [format_number(value) for value in (336776, 0.7523149, -12.3456, 1.234e-5, 0.0, float("nan"))] == [
         "336,776",
         "0.7523",
         "−12.35",

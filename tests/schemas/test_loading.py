@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import DefinitionError
-from schemas.loading import decoded, load_definition, load_recorded
+from schemas.loading import decode_python, load_definition, load_recorded
 
 DEFINITION = """
 import polars as pl
@@ -64,12 +64,12 @@ def test_a_recorded_definition_loads_whatever_became_of_its_neighbours(
     monkeypatch.syspath_prepend(tmp_path)
     before = load_definition(name)
     assert [path.rpartition("/")[2] for path in before.modules] == ["__init__.py", "base.py", "fees.py"]
-    texts = {path: decoded(source) for path, source in before.modules.items()}
+    texts = {path: decode_python(source) for path, source in before.modules.items()}
     for path in folder.rglob("*.py"):
         path.write_text("raise RuntimeError") if after == "changed" else path.unlink()
     (tmp_path / "again").mkdir()
     loaded = set(sys.modules)
-    again = load_recorded(name, decoded(before.source), texts, tmp_path / "again")
+    again = load_recorded(name, decode_python(before.source), texts, tmp_path / "again")
     assert again.view.fingerprint == before.view.fingerprint
     assert before.modules.items() <= again.modules.items()
     assert {each for each in sys.modules if not each.startswith("millrace_definition")} <= loaded
@@ -81,7 +81,7 @@ def test_the_encoding_that_a_file_declares_is_kept(tmp_path: Path) -> None:
     (tmp_path / "definition.py").write_bytes(text.encode("latin-1"))
     found = load_definition(str(tmp_path / "definition.py"))
     (tmp_path / "again").mkdir()
-    again = load_recorded("definition.py", decoded(found.source), {}, tmp_path / "again")
+    again = load_recorded("definition.py", decode_python(found.source), {}, tmp_path / "again")
     assert (again.source, again.view.fingerprint) == (found.source, found.view.fingerprint)
 
 

@@ -16,7 +16,7 @@ from schemas.sources import TIME
 from tests.support import market
 from tests.support.features_runs import answers, dead_letters, run, same
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import survey
+from transforms.sources.inventory import survey_source
 from transforms.sources.reader import _pieces, read_raw, read_slices, stream_slices
 from transforms.storage.delta_log import commits
 
@@ -67,7 +67,7 @@ def test_any_reader_of_a_source_gets_its_partition_columns(tmp_path: Path) -> No
     as_delta(tmp_path, {"sales": sales}, {"sales": ["city"]})
     source = market.load(tmp_path).sources["sales"]
     for columns in (("sold", "city", "sale"), ("sold", "city"), ("city",)):
-        contract, slices = survey(str(tmp_path / "sources"), Contract(source, columns))
+        contract, slices = survey_source(str(tmp_path / "sources"), Contract(source, columns))
         found = read_raw(contract, slices)
         same(found.sort(columns), sales.select(columns).sort(columns))
 
@@ -178,7 +178,7 @@ def columns_over_time(root: Path, partition: list[str]) -> Path:
 def test_a_column_that_was_added_later_is_null_in_older_files(
     tmp_path: Path, partition: list[str], columns: tuple[str, ...]
 ) -> None:
-    contract, slices = survey(str(columns_over_time(tmp_path, partition)), Contract(wide, columns))
+    contract, slices = survey_source(str(columns_over_time(tmp_path, partition)), Contract(wide, columns))
     expected = pl.DataFrame(ROWS).with_columns(pl.col("at").cast(TIME), day=pl.col("at").dt.date()).select(columns)
     same(read_raw(contract, slices).sort(columns), expected.sort(columns))
     pieces = [rows for each in slices for _, rows in _pieces(contract, each, 1)]
@@ -190,7 +190,7 @@ def test_a_time_that_was_added_later_makes_dead_letters_of_the_rows_before_it(tm
     added = pl.DataFrame({"k": [3], "at": [market.at(0)]}).with_columns(pl.col("at").cast(TIME))
     added.write_delta(tmp_path / "ev", mode="append", delta_write_options={"schema_mode": "merge"})
     source = Source("ev", time="at", columns={"k": pl.Int64})
-    contract, slices = survey(str(tmp_path), Contract(source, ("at", "k")))
+    contract, slices = survey_source(str(tmp_path), Contract(source, ("at", "k")))
     for reads in ([read_slices(contract, slices)], list(stream_slices(contract, slices, chunk=1))):
         assert [each.frame["k"].to_list() for each in reads if len(each.frame)] == [[3]]
         assert pl.concat([each.dead_letters for each in reads])["rule"].to_list() == ["a time is present"] * 2
@@ -208,14 +208,14 @@ def test_a_column_that_the_newest_version_does_not_have_is_refused(tmp_path: Pat
 
     edited(remove, 1)(tmp_path / "ev")
     with pytest.raises(ContractError, match=r"declared column 'v'.*newest version of its table does not"):
-        survey(str(tmp_path), Contract(wide, ("at", "v")))
-    assert len(survey(str(tmp_path), Contract(wide, ("at", "k")))[1]) == 2
+        survey_source(str(tmp_path), Contract(wide, ("at", "v")))
+    assert len(survey_source(str(tmp_path), Contract(wide, ("at", "k")))[1]) == 2
 
 
 def test_a_column_that_no_version_has_is_refused(tmp_path: Path) -> None:
     source = Source("ev", time="at", columns={"k": pl.Int64, "cc": pl.String})
     with pytest.raises(ContractError, match="declared column 'cc'"):
-        survey(str(columns_over_time(tmp_path, [])), Contract(source, ("at", "cc")))
+        survey_source(str(columns_over_time(tmp_path, [])), Contract(source, ("at", "cc")))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_column_that_was_added_with_another_type_is_refused(tmp_path: Path, ad
     for row in ({"k": 1}, {"k": 2, "c": added}):
         pl.DataFrame([row]).write_delta(tmp_path / "ev", mode="append", delta_write_options={"schema_mode": "merge"})
     with pytest.raises(ContractError, match="column 'c'"):
-        survey(str(tmp_path), Contract(Source("ev", columns={"k": pl.Int64, "c": declared}), ("k", "c")))
+        survey_source(str(tmp_path), Contract(Source("ev", columns={"k": pl.Int64, "c": declared}), ("k", "c")))
 
 
 def test_a_run_over_a_table_whose_columns_were_added_later_is_verified(tmp_path: Path) -> None:

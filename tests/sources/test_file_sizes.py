@@ -23,7 +23,7 @@ from tests.support.features_runs import answers, run, same
 from tests.support.tables import figures_of
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import Contract
-from transforms.sources.day_digests import add
+from transforms.sources.day_digests import add_digests
 from transforms.sources.inventory import survey_files
 from transforms.sources.reader import ReadOptions, read_slices, stream_slices
 from transforms.sources.slices import Slices
@@ -106,7 +106,7 @@ def test_small_files_read_together_are_what_each_is_by_itself(tmp_path: Path) ->
     together = read_slices(contract, slices, options)
     assert_frame_equal(together.frame, pl.concat([each.frame for each in alone]))
     assert_frame_equal(together.dead_letters, pl.concat([each.dead_letters for each in alone]))
-    assert together.digests == add([each.digests for each in alone])
+    assert together.digests == add_digests([each.digests for each in alone])
     assert {*together.dead_letters["rule"]} == {"a text is UTF-8", "a number is finite"}
     spoiled = together.dead_letters.filter(pl.col("rule") == "a text is UTF-8")
     assert spoiled.select(pl.col("file").str.slice(-12), "row", "value").rows() == [

@@ -16,7 +16,7 @@ from beam_pipelines.cli import main
 from schemas import FeatureView
 from schemas.errors import DataError
 from schemas.loading import load_definition
-from transforms.lineage.counted_rows import Batch
+from transforms.lineage.counted_rows import BatchSide
 from transforms.sources.contracts import Contract
 from transforms.storage.delta_tables import open_table
 from transforms.streaming import history_files, live_dimensions, replay
@@ -149,7 +149,7 @@ def test_verify_does_not_judge_by_a_source_that_changes(
 
 @pytest.mark.parametrize("how", HOW)
 def test_a_comparison_with_batch_notices(store: Path, how: str) -> None:
-    batch = Batch.of(view_of(store), None, str(store / "sources"))
+    batch = BatchSide.of(view_of(store), None, str(store / "sources"))
     assert batch.checked("untouched") == "untouched"
     assert len(batch.rows("events")[0])
     disturb(store / "sources" / "events", how)

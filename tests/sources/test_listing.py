@@ -14,7 +14,7 @@ from deltalake import write_deltalake
 from schemas import Source
 from schemas.errors import ContractError, DataError, MillraceError
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import files_of, slices_of, survey
+from transforms.sources.inventory import slices_of, source_files, survey_source
 from transforms.sources.listing import list_files
 
 source = Source("sales", columns={"id": pl.Int64})
@@ -37,7 +37,7 @@ def names(folder: Path) -> list[str]:
 
 def refusal(folder: Path) -> str:
     with pytest.raises(MillraceError) as caught:
-        files_of(str(folder.parent), source)
+        source_files(str(folder.parent), source)
     assert caught.value.exit_code == 3
     return str(caught.value)
 
@@ -58,7 +58,7 @@ def test_a_source_may_be_a_link_itself(folder: Path, tmp_path: Path) -> None:
 def test_a_folder_named_as_a_file_is_read(folder: Path) -> None:
     put(folder / "out.parquet" / "part-0.snappy.parquet", 2)
     put(folder.parent / "sales.parquet" / "part-1.parquet", 3)
-    assert [Path(path).name for path in files_of(str(folder.parent), source)] == [
+    assert [Path(path).name for path in source_files(str(folder.parent), source)] == [
         "part-1.parquet",
         "a.parquet",
         "part-0.snappy.parquet",
@@ -243,7 +243,7 @@ def test_a_log_that_is_empty_or_broken_is_refused_and_its_files_are_not_read_as_
 ) -> None:
     spoil(delta(folder) / "_delta_log")
     with pytest.raises(MillraceError) as caught:
-        survey(str(folder.parent), Contract(source, ("id",)))
+        survey_source(str(folder.parent), Contract(source, ("id",)))
     assert str(folder) in str(caught.value)
     assert caught.value.exit_code in (3, 4)
 

@@ -20,7 +20,7 @@ from schemas import Source
 from schemas.errors import ContractError, DataError
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import survey_files
-from transforms.sources.listing import list_files, unchanged
+from transforms.sources.listing import list_files, require_unchanged
 from transforms.sources.reader import read_slices
 
 
@@ -118,7 +118,7 @@ def test_objects_are_read_or_passed_over_as_files_are(folder: Path) -> None:
 @pytest.mark.parametrize("how", ["removed", "all removed", "replaced"])
 def test_objects_that_change_while_they_are_read_are_noticed(folder: Path, how: str) -> None:
     listing = list_files("events", FOLDER)
-    assert unchanged("read", [listing]) == "read"
+    assert require_unchanged("read", [listing]) == "read"
     path = folder / "day=1" / "a.parquet"
     if how == "replaced":
         pl.read_parquet(path)[:-1].write_parquet(path)
@@ -127,7 +127,7 @@ def test_objects_that_change_while_they_are_read_are_noticed(folder: Path, how: 
     else:
         shutil.rmtree(folder)
     with pytest.raises(DataError, match="replaced since" if how == "replaced" else "gone since"):
-        unchanged("read", [listing])
+        require_unchanged("read", [listing])
 
 
 def test_objects_that_are_added_are_named_and_looking_again_is_one_listing(
@@ -136,6 +136,6 @@ def test_objects_that_are_added_are_named_and_looking_again_is_one_listing(
     listing = list_files("events", FOLDER)
     shutil.copytree(folder / "day=0", folder / "day=9")
     monkeypatch.setattr(ObjectsOnDisk, "listed", 0)
-    unchanged("read", [listing])
+    require_unchanged("read", [listing])
     assert f"not read, since they were added after the run began: {FOLDER}/day=9/a.parquet" in caplog.text
     assert ObjectsOnDisk.listed == 1

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from schemas import Source
 from transforms.sources.reader import without_repeats
-from transforms.sources.repeats import NEVER, KnownOrder
+from transforms.sources.repeats import NEVER_REPEATED, KnownOrder
 
 SOURCE = Source("once", time="at", unique=("u", "w"), columns={"u": pl.Int64, "w": pl.String, "v": pl.Int64})
 ORDER = KnownOrder.of(SOURCE, ("u", "w"), list(SOURCE.schema), ["place"])
@@ -57,7 +57,7 @@ def repeated(rows: list[Row], memory: int) -> list[Row]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(some_rows(), st.sampled_from([0, 1, 2, 5, NEVER]))
+@given(some_rows(), st.sampled_from([0, 1, 2, 5, NEVER_REPEATED]))
 def test_a_row_counts_until_one_is_known_that_it_repeats(rows: list[Row], memory: int) -> None:
     gone = ORDER.repeated_from(frame(rows), np.array([row.shown for row in rows], np.int64), memory)
     counted_before = None
@@ -69,7 +69,7 @@ def test_a_row_counts_until_one_is_known_that_it_repeats(rows: list[Row], memory
         assert counted_before is None or not no_repeats & (counted_before[0] - counted_before[1])  # none comes back
         assert all(any((one.u, one.w) == (row.u, row.w) for one in known) for row in lost)
         counted_before = {*known}, no_repeats
-    assert all(until == NEVER or until in {row.shown for row in rows} for until in gone)
+    assert all(until == NEVER_REPEATED or until in {row.shown for row in rows} for until in gone)
 
 
 @settings(max_examples=200, deadline=None)
@@ -81,12 +81,16 @@ def test_batch_is_the_same_with_a_memory_without_end(rows: list[Row]) -> None:
     kept = without_repeats(SOURCE, given_rows, first)
     gone = ORDER.repeated_from(numbered, np.zeros(len(rows), np.int64))
     columns = list(SOURCE.schema)
-    assert kept.sort(columns).equals(numbered.filter(pl.Series(gone == NEVER)).select(columns).sort(columns))
+    assert kept.sort(columns).equals(numbered.filter(pl.Series(gone == NEVER_REPEATED)).select(columns).sort(columns))
 
 
 def test_a_shown_number_of_never_makes_no_row_a_repeat() -> None:
     rows = frame([Row(0, 1, "a", 0, 0, 0), Row(1, 1, "a", 0, 1, 0), Row(2, 1, "a", 0, 2, 0)])
-    assert ORDER.repeated_from(rows, np.array([NEVER, 5, 7], np.int64)).tolist() == [NEVER, NEVER, 5]
+    assert ORDER.repeated_from(rows, np.array([NEVER_REPEATED, 5, 7], np.int64)).tolist() == [
+        NEVER_REPEATED,
+        NEVER_REPEATED,
+        5,
+    ]
 
 
 def test_many_rows_of_one_value() -> None:
@@ -96,4 +100,4 @@ def test_many_rows_of_one_value() -> None:
     gone = ORDER.repeated_from(rows, shown, 700)
     for i in rng.integers(0, 3000, 200).tolist():
         before = shown[:i][at[:i] >= at[i] - 700]
-        assert gone[i] == (before.min() if len(before) else NEVER)
+        assert gone[i] == (before.min() if len(before) else NEVER_REPEATED)

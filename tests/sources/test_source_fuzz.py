@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from schemas import Source
 from schemas.errors import MillraceError
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import survey
+from transforms.sources.inventory import survey_source
 from transforms.sources.reader import ReadOptions, read_slices, repeats_of, stream_slices
 
 COLUMNS = {
@@ -50,7 +50,7 @@ def account(root: Path) -> str:
         Exception: anything that a user would see as a traceback.
     """
     try:
-        found, slices = survey(str(root), contract)
+        found, slices = survey_source(str(root), contract)
         whole = read_slices(found, slices, ReadOptions(numbered=len(slices) == 1, span=(-(2**62), 2**62)))
         parts = list(stream_slices(found, slices, ReadOptions(span=(-(2**62), 2**62)), chunk=5))
         repeats_of(found, slices)

@@ -20,8 +20,8 @@ from schemas.errors import ContractError, DataError
 from transforms.features.column_reuse import keep_rules
 from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
-from transforms.sources.contracts import Contract, check_rows
-from transforms.sources.conversions import holds
+from transforms.sources.contracts import YEARS, Contract, check_rows
+from transforms.sources.conversions import type_holds
 from transforms.sources.inventory import slices_of
 from transforms.sources.reader import ReadOptions, _raw, read_slices, repeats_of, without_repeats
 from transforms.storage.delta_tables import CommitTarget, commit, write_files
@@ -297,6 +297,33 @@ def test_columns_are_not_copied_past_a_text_that_breaks_its_rule(tmp_path: Path,
     assert keep_rules(contract, slices_of(str(tmp_path), contract), [])
 
 
+NEAR = [1, 10**3, 10**6, 10**9]
+EDGES = [0, 2**31, 2**53, 2**62, 2**63 - 1, *(YEARS[i] // each for i in (0, 1) for each in NEAR)]
+stamps = st.one_of(
+    st.integers(-(2**63) + 1, 2**63 - 1),
+    st.builds(lambda edge, step: edge + step, st.sampled_from(EDGES), st.integers(-2, 2)),
+).map(lambda value: max(min(value, 2**63 - 1), -(2**63) + 1))
+
+
+@given(
+    st.lists(stamps, min_size=1, max_size=20),
+    st.sampled_from(["s", "ms", "us", "ns"]),
+    st.sampled_from(["UTC", "+02:00", "Asia/Tokyo"]),
+)
+def test_a_time_of_any_unit_is_the_same_moment_or_a_dead_letter(stamps: list[int], unit: str, zone: str) -> None:
+    of = Source("sales", time="at", columns={"n": pl.Int64, "due": pl.Datetime("us", "UTC")})
+    times = pa.array(stamps, pa.int64()).cast(pa.timestamp(unit, zone))
+    known = pa.array([(T0 - EPOCH) // MICROSECOND] * len(stamps), pa.int64()).cast(pa.timestamp("us", "UTC"))
+    table = pa.table({"at": known, "n": pa.array(range(len(stamps)), pa.int64()), "due": times})
+    used = Contract(of, ("at", "n", "due"), now=NOW)
+    good, dead_letters = check_rows(used, used.cast(table, "x"))
+    factor = {"s": 10**6, "ms": 10**3, "us": 1}.get(unit)
+    exact = [each * factor if factor else each // 1000 for each in stamps]
+    expected = {n: each for n, each in enumerate(exact) if YEARS[0] <= each < YEARS[1]}
+    assert dict(zip(good["n"], good["due"].to_physical(), strict=True)) == expected
+    assert sorted(dead_letters["place"]) == sorted(set(range(len(stamps))) - expected.keys())
+
+
 def test_a_date_beyond_the_years_that_python_knows_is_a_dead_letter(tmp_path: Path) -> None:
     of = Source("sales", columns={"due": pl.Datetime("us", "UTC"), "day": pl.Date})
     times = [0, 253_402_300_800_000_000, 0, -62_135_596_800_000_000, 253_402_300_799_999_999, None]
@@ -433,7 +460,7 @@ def test_a_dimension_without_rules_keeps_every_row() -> None:
 )
 def test_a_type_holds_what_fits_into_it_without_loss(declared: Any, found: pa.DataType, expected: bool) -> None:
     dtype = declared() if isinstance(declared, type) else declared
-    assert holds(dtype, found) is expected
+    assert type_holds(dtype, found) is expected
 
 
 # Where a letter says its row was

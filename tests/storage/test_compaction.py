@@ -24,7 +24,7 @@ from transforms.records.record_batches import batch
 from transforms.storage.compaction import MOST_FILES, compact_table
 from transforms.storage.delta_log import commits, merged_files
 from transforms.storage.delta_tables import CommitTarget, commit, data_files, newest_version, open_table
-from transforms.streaming.live_tables import NewRows, Writer, application_of
+from transforms.streaming.live_tables import NewRows, TableWriter, application_of
 
 SCHEMA = pa.schema([("id", pa.int64()), ("name", pa.string()), ("value", pa.float64()), ("date", pa.date32())])
 DAY = date(2024, 1, 1)
@@ -49,7 +49,7 @@ def rows(numbers: range, days: int = 1) -> pl.DataFrame:
 
 def append(uri: str, frame: pl.DataFrame, turn: int) -> None:
     """One commit of a live job."""
-    Writer(uri, SCHEMA, application_of("orders"), "live-1").append(frame, turn, {"turn": turn}, All(), always=True)
+    TableWriter(uri, SCHEMA, application_of("orders"), "live-1").append(frame, turn, {"turn": turn}, All(), always=True)
 
 
 def content(uri: str) -> list[tuple[object, ...]]:
@@ -116,7 +116,7 @@ def test_a_row_is_written_again_a_logarithmic_number_of_times(tmp_path: Path) ->
 
 def _append_many(uri: str, first: int, count: int) -> None:
     for number in range(first, first + count):
-        Writer(uri, SCHEMA, application_of(f"orders-{first}"), f"live-{first}").append(
+        TableWriter(uri, SCHEMA, application_of(f"orders-{first}"), f"live-{first}").append(
             rows(range(number, number + 1)), number, {"turn": number}, All()
         )
 
@@ -174,7 +174,7 @@ def test_a_new_column_is_null_in_the_rows_of_older_files(tmp_path: Path) -> None
         append(uri, rows(range(turn, turn + 1)), turn)
     wider = pa.schema([*list(SCHEMA)[:3], ("extra", pa.int64()), ("date", pa.date32())])
     frame = rows(range(9, 10)).with_columns(extra=pl.lit(7))
-    Writer(uri, wider, application_of("orders"), "live-1").append(frame.select(wider.names), 4, {"turn": 4}, All())
+    TableWriter(uri, wider, application_of("orders"), "live-1").append(frame.select(wider.names), 4, {"turn": 4}, All())
     before = rows_of(uri).select(wider.names).sort("id").rows()
     compact_table(uri, "compact-1", 1)
     assert sum(files_by_date(uri).values()) == 1

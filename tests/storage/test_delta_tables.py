@@ -23,7 +23,7 @@ from transforms.storage.delta_tables import (
     commit,
     data_files,
     days_between,
-    groups,
+    file_groups,
     newest_version,
     open_table,
     read_file,
@@ -255,7 +255,7 @@ def test_groups_hold_every_file_once_in_order_and_do_not_grow(sizes: list[int], 
             self.rows = rows
 
     files: list[Any] = [File(size) for size in sizes]
-    made = list(groups(files, limit))
+    made = list(file_groups(files, limit))
     assert [file for group in made for file in group] == files
     assert all(len(group) == 1 or sum(file.rows for file in group) <= limit for group in made)
 

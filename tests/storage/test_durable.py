@@ -24,7 +24,7 @@ from transforms.storage import durable, log_entries
 from transforms.storage.delta_tables import CommitTarget, commit, data_files, newest_version, open_table, read_file
 from transforms.storage.delta_tables import write_files as write_data_files
 from transforms.storage.log_entries import LogEntry, append_entry
-from transforms.streaming.live_tables import NewRows, Writer
+from transforms.streaming.live_tables import NewRows, TableWriter
 
 SCHEMA = pa.schema([("n", pa.int64()), ("at", pa.timestamp("us", "UTC")), ("date", pa.date32())])
 DAYS = (date(2020, 1, 1), date(2020, 1, 2))
@@ -48,7 +48,7 @@ def commits(folder: str, report: Callable[[Any], None]) -> None:
         target = CommitTarget(batch, SCHEMA, DAYS, f"run-{number}", newest_version(batch))
         done = commit(target, write_data_files(rows(number), batch, target.run_id))
         report(("features/view/abc", done.version, [number] * 2))
-    writer = Writer(live, SCHEMA, "live/q", "run-live")
+    writer = TableWriter(live, SCHEMA, "live/q", "run-live")
     for number in range(4):
         frame = pl.DataFrame(pl.from_arrow(rows(number)))
         writer.append(frame, number, {"turn": number}, _All())

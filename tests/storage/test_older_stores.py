@@ -13,8 +13,8 @@ from polars.testing import assert_frame_equal
 from beam_pipelines import cli
 from tests.support.stores import ARCHIVES, Stored, restored
 from tests.support.tables import rows_of
-from transforms.lineage.feature_parity import check
-from transforms.models.bundle import load
+from transforms.lineage.feature_parity import check_parity
+from transforms.models.bundle import load_bundle
 from transforms.storage.delta_tables import open_table
 from transforms.storage.paths import predictions_uri
 
@@ -86,7 +86,7 @@ def test_a_changed_day_makes_only_what_can_see_it_stale(shop: Stored) -> None:
 def test_its_champion_scores_as_it_did(shop: Stored) -> None:
     version, folder = shop.registry.resolve("buying")
     assert version == shop.expected["version"]
-    assert load(folder).fingerprint == shop.view().fingerprint
+    assert load_bundle(folder).fingerprint == shop.view().fingerprint
     uri = predictions_uri(str(shop.store), "buying")
     before = rows_of(uri)
     shop.millrace("inference", "--run_id", "again")
@@ -189,7 +189,7 @@ def test_a_live_store_goes_on_from_its_tables(live: Stored) -> None:
     same(found.select(told), whole.select(told), "row_id")
     kept = found.join(stored, on="row_id", how="semi").select(stored.columns)
     same(kept, stored, "row_id")
-    checked = check(live.view(), str(live.store))
+    checked = check_parity(live.view(), str(live.store))
     assert (checked.feature_rows, checked.differing) == (len(found), 0)
     live.millrace("inference", "--streaming", "--run_id", "went-on")
     live.millrace("parity")

@@ -20,7 +20,7 @@ from transforms.storage.tfrecord_codec import gzipped
 from transforms.storage.tfrecord_io import (
     ReadExamples,
     WriteTFRecordFiles,
-    matching,
+    matching_files,
     publish_tfrecord_files,
     read_examples,
     write_tfrecord_file,
@@ -168,7 +168,7 @@ def test_what_is_no_example_and_what_does_not_fit_is_refused(tmp_path: Path) -> 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="matches some"):
-        matching(str(tmp_path / "*.gz"))
+        matching_files(str(tmp_path / "*.gz"))
     with pytest.raises(StoreError, match="nothing"):
         list(read_examples(str(tmp_path / "nothing"), SCHEMA))
 
@@ -197,6 +197,6 @@ def test_reading_and_writing_in_a_pipeline(tmp_path: Path) -> None:
         rows = parts | beam.Map(lambda found: sorted(each.rows for each in found))
         assert_that(rows, lambda found: found == [[100, 100, 100]] or pytest.fail(str(found)))
         _ = parts | beam.Map(publish_tfrecord_files, str(tmp_path / "copy"))
-    copies = matching(str(tmp_path / "copy-*.tfrecord.gz"))
+    copies = matching_files(str(tmp_path / "copy-*.tfrecord.gz"))
     found = [i for path in copies for each in read_examples(path, SCHEMA) for i in each.column(0).to_pylist()]
     assert found == list(range(300))

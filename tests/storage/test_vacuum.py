@@ -25,7 +25,7 @@ from transforms.storage.delta_tables import (
     data_files,
     newest_version,
     open_table,
-    write_aside,
+    write_file_atomically,
     write_files,
 )
 from transforms.storage.run_markers import remove_marker, running_runs, write_marker
@@ -44,8 +44,8 @@ def load(uri: str, run_id: str, value: int, days: Sequence[date] = (DAY,), commi
     base = newest_version(uri)
     files = write_files(pa.record_batch([pa.array([value] * len(days)), pa.array(days)], schema=SCHEMA), uri, run_id)
     manifest = f"{run_id}-{0 if base is None else base + 1}.json"
-    write_aside(f"{uri}/_manifests", manifest, pa.py_buffer(b"{}"))
-    write_aside(f"{uri}/_statistics", f"{run_id}.pb", pa.py_buffer(b"-"))
+    write_file_atomically(f"{uri}/_manifests", manifest, pa.py_buffer(b"{}"))
+    write_file_atomically(f"{uri}/_statistics", f"{run_id}.pb", pa.py_buffer(b"-"))
     if commits:
         commit(CommitTarget(uri, SCHEMA, tuple(days), run_id, base, None, {"manifest": manifest}), files)
     return [file.path for file, _ in files]
@@ -519,7 +519,7 @@ def test_summaries_that_a_kept_manifest_names_stay(tmp_path: Path) -> None:
     for run_id in ("first", "second"):
         load(uri, run_id, 1)
         for name in (f"{run_id}-1704067200000000-0.parquet", f"{run_id}-part-0-0.parquet"):
-            write_aside(f"{uri}/_summaries", name, pa.py_buffer(b"-"))
+            write_file_atomically(f"{uri}/_summaries", name, pa.py_buffer(b"-"))
     named = {"snapshots": {"1704067200000000": [["second-1704067200000000-0.parquet"], 7]}}
     Path(uri, "_manifests", "second-1.json").write_text(json.dumps(named))
     age(tmp_path, 30)

@@ -11,7 +11,7 @@ from schemas.errors import ConflictError
 from tests.support import market
 from tests.support.tables import rows_of
 from tests.support.turns import Job, JobOptions, unread
-from transforms.lineage.feature_parity import check
+from transforms.lineage.feature_parity import check_parity
 from transforms.storage.delta_tables import open_table
 from transforms.storage.paths import features_live_uri, source_uri, sources_root
 from transforms.streaming.epochs import take_epoch
@@ -58,7 +58,7 @@ def test_a_job_that_was_left_running_commits_nothing_more(tmp_path: Path, seen: 
         assert len(rows) == len(rows.unique(["__partition", "__offset", "__place"]))
     answers = rows_of(features_live_uri(str(tmp_path / "live"), view.name, view.fingerprint))
     assert answers["row_id"].n_unique() == len(answers) > 0
-    checked = check(view, str(tmp_path / "live"))
+    checked = check_parity(view, str(tmp_path / "live"))
     assert (checked.differing, checked.unaccounted) == (0, 0)
 
 
@@ -104,6 +104,6 @@ def test_of_two_jobs_that_began_with_an_empty_store_the_first_to_commit_goes_on(
     two.commit()
     with pytest.raises(ConflictError, match="belongs to launch 1"):
         one.commit()
-    assert check(one.view, one.store).differing == 0
+    assert check_parity(one.view, one.store).differing == 0
     third = launched(tmp_path, "third")
     assert third.ledger.writers.features.epoch.number == 2

@@ -13,9 +13,16 @@ from hypothesis import strategies as st
 
 from schemas import FeatureView, Source, Trailing
 from transforms.records.times import ALWAYS
-from transforms.sources.repeats import NEVER
-from transforms.streaming.beginnings import HISTORY
-from transforms.streaming.fates import Memory, compared, known_order, least_memory, remembered, repeated_from
+from transforms.sources.repeats import NEVER_REPEATED
+from transforms.streaming.beginnings import HISTORY_PARTITION
+from transforms.streaming.fates import (
+    RepeatMemory,
+    comparison_span,
+    known_order,
+    least_memory,
+    remembered,
+    repeated_from,
+)
 from transforms.streaming.repeats import RepeatFinder
 from transforms.streaming.row_origin import RID, row_identity
 
@@ -73,14 +80,14 @@ def counting(rows: list[Row], lengths: list[int]) -> set[tuple[int, int]]:
     def repeats(row: Row, other: Row) -> bool:
         if other is row or other.u != row.u or other.order > row.order or row.alone or other.alone:
             return False
-        if row.partition == other.partition == HISTORY:
+        if row.partition == other.partition == HISTORY_PARTITION:
             return False
         return (row.at - other.at) * SECOND <= lengths[max(row.span, other.span)]
 
     return {
         (row.partition, row.offset)
         for row in rows
-        if (row.counted or row.partition != HISTORY) and not any(repeats(row, other) for other in rows)
+        if (row.counted or row.partition != HISTORY_PARTITION) and not any(repeats(row, other) for other in rows)
     }
 
 
@@ -91,7 +98,7 @@ class Job:
         self.view, self.keep, self.horizon = view, keep, ALWAYS
         self.rows: list[Row] = []
         self.next = {0: 0, 1: 0}
-        self.memory = Memory()
+        self.memory = RepeatMemory()
         self.lengths: list[int] = []
         self.counted: set[int] = set()
         self.start(least_memory(view, "once", keep))
@@ -104,8 +111,8 @@ class Job:
         if not self.rows:
             return
         rows = frame(self.rows)
-        none, never = np.zeros(len(rows), np.int64), np.full(len(rows), NEVER, np.int64)
-        counts = repeated_from(known_order(self.view, "once"), self.memory, rows, none, never) == NEVER
+        none, never = np.zeros(len(rows), np.int64), np.full(len(rows), NEVER_REPEATED, np.int64)
+        counts = repeated_from(known_order(self.view, "once"), self.memory, rows, none, never) == NEVER_REPEATED
         low = self.horizon - remembered(self.view, "once", self.memory.length) if self.horizon > ALWAYS else ALWAYS
         kept = (rows["at"].to_physical() >= low) & ~rows["__uncompared"]
         self.repeats.restore(rows.filter(kept), pl.Series(counts).filter(kept))
@@ -134,7 +141,7 @@ class Job:
     def check(self, turn: int) -> None:
         rows = frame(self.rows)
         shown = np.array([row.shown for row in self.rows], np.int64)
-        never = np.full(len(rows), NEVER, np.int64)
+        never = np.full(len(rows), NEVER_REPEATED, np.int64)
         gone = repeated_from(known_order(self.view, "once"), self.memory, rows, shown, never)
         for cut in range(turn + 1):
             known = [row for row in self.rows if row.shown <= cut]
@@ -184,8 +191,8 @@ def test_the_journal_recovery_and_parity_agree(
     turns: list[tuple[list[tuple[int, int, int, int]], int | None, int | None]],
 ) -> None:
     job = Job(view, keep * SECOND)
-    job.rows = [Row(at, u, 0.5, HISTORY, n, 0, 0, counted) for n, (at, u, counted) in enumerate(history)]
-    job.next[HISTORY] = len(history)
+    job.rows = [Row(at, u, 0.5, HISTORY_PARTITION, n, 0, 0, counted) for n, (at, u, counted) in enumerate(history)]
+    job.next[HISTORY_PARTITION] = len(history)
     job.start(0)
     for turn, (rows, watermark, restart) in enumerate(turns, 1):
         job.take(rows, turn)
@@ -201,7 +208,7 @@ def test_a_row_that_is_older_than_what_is_compared_counts_and_replaces_none() ->
     job = Job(LIFETIME, 0)
     job.take([(10, 1, 1, 0)], 0)
     job.advance(16)
-    bound = 16 - compared(LIFETIME, "once", job.memory.length) // SECOND
+    bound = 16 - comparison_span(LIFETIME, "once", job.memory.length) // SECOND
     assert bound == 10
     job.take([(9, 1, 1, 0), (10, 1, 0, 0)], 1)
     assert [(row.at, row.counted, row.alone) for row in job.rows] == [
@@ -221,10 +228,10 @@ def test_how_far_back_repeats_are_remembered(view: FeatureView, seconds: int) ->
 
 
 def test_memory_survives_json_and_only_grows() -> None:
-    memory = Memory().grown(5, {0: 9}).grown(4, {0: 11}).grown(7, {0: 20, HISTORY: 3})
-    assert memory.spans == ((5, {}), (7, {0: 20, HISTORY: 3}))
-    assert Memory.of_json(memory.to_json()) == memory  # type: ignore[arg-type]
-    rows = frame([Row(0, 0, 0, 0, 19, 0, 0), Row(0, 0, 0, 0, 20, 0, 0), Row(0, 0, 0, HISTORY, 2, 0, 0)])
+    memory = RepeatMemory().grown(5, {0: 9}).grown(4, {0: 11}).grown(7, {0: 20, HISTORY_PARTITION: 3})
+    assert memory.spans == ((5, {}), (7, {0: 20, HISTORY_PARTITION: 3}))
+    assert RepeatMemory.of_json(memory.to_json()) == memory  # type: ignore[arg-type]
+    rows = frame([Row(0, 0, 0, 0, 19, 0, 0), Row(0, 0, 0, 0, 20, 0, 0), Row(0, 0, 0, HISTORY_PARTITION, 2, 0, 0)])
     assert memory.span_of(rows).tolist() == [1, 2, 1]
     before = rows.with_columns(pl.lit(None, pl.Boolean).alias("__uncompared"))
     assert memory.span_of(before).tolist() == [0, 0, 0]

@@ -34,16 +34,16 @@ from tests.support.live_turns import view as everything
 from tests.support.tables import figures_of as figures
 from tests.support.tables import rows_of as read
 from tests.support.turns import Job, JobOptions, unread
-from transforms.lineage.counted_rows import Batch
-from transforms.lineage.difference_causes import compare
-from transforms.lineage.feature_parity import check
+from transforms.lineage.counted_rows import BatchSide
+from transforms.lineage.difference_causes import compare_with_full
+from transforms.lineage.feature_parity import check_parity
 from transforms.records.times import FOREVER
 from transforms.storage.delta_tables import open_table
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri
 from transforms.streaming import history_files, recovery
 from transforms.streaming.history import Handover
 from transforms.streaming.history_files import HistoryFiles
-from transforms.streaming.live_tables import Writer, application_of, last_commit_record
+from transforms.streaming.live_tables import TableWriter, application_of, last_commit_record
 from transforms.streaming.messages import Message, to_arrow
 from transforms.streaming.row_origin import cut_of
 
@@ -235,16 +235,16 @@ def driven(random: Random, make: Any, chunks: list[list[Message]]) -> Job:
 @contextlib.contextmanager
 def dying_at(commit: int) -> Any:
     """The process dies before it commits so many tables."""
-    write, done = Writer.commit, []
+    write, done = TableWriter.commit, []
 
-    def counted(self: Writer, *args: Any) -> bool:
+    def counted(self: TableWriter, *args: Any) -> bool:
         done.append(self.uri)
         if len(done) == commit:
             raise Killed
         return write(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Writer, "commit", counted)
+        patch.setattr(TableWriter, "commit", counted)
         yield
 
 
@@ -307,7 +307,7 @@ def test_a_job_with_history_is_batch_over_everything(seed: int, ever: bool, delt
         found = answers(store, view)
         late = read_letters(store, view).filter(pl.col("rule").str.contains("no later than|one key"))
         assert len(found) == len(asked) or len(late)
-        checked = check(view, str(store))
+        checked = check_parity(view, str(store))
         assert checked.differing == 0, {
             name: each.examples for name, each in checked.features.items() if each.differing
         }
@@ -323,7 +323,7 @@ def test_a_job_with_history_is_batch_over_everything(seed: int, ever: bool, delt
             assert all(cut_of(cut).get((name, -1), 0) == len(rows) for cut in found["__cut"])
         lay(Path(folder) / "all", {name: pl.concat([old[name], new[name]]) for name in frames})
         lay(Path(folder) / "all", {"shops": pl.read_parquet(root / "shops")})
-        full = compare(view, str(store), Batch.of(view, None, str(Path(folder) / "all")))
+        full = compare_with_full(view, str(store), BatchSide.of(view, None, str(Path(folder) / "all")))
         assert full.feature_rows == len(found)
         assert full.unexplained == 0, full
         if in_order:
@@ -413,7 +413,7 @@ def test_rows_of_the_topic_from_before_the_start_of_both_kinds(tmp_path: Path) -
     everything = {"reads": [(-60, 1), (-5, 2), (-4, 3), (2, 4)], "once": [(-60, 10), (-5, 20), (-4, 30), (2, 40)]}
     lay(tmp_path / "all", {name: rows_of(tell.view.events[name], rows) for name, rows in everything.items()})
     lay(tmp_path / "all", {"questions": read(str(tell.store / "sources" / "questions")).select(list(asks.schema))})
-    full = compare(tell.view, str(tell.store), Batch.of(tell.view, None, str(tmp_path / "all")))
+    full = compare_with_full(tell.view, str(tell.store), BatchSide.of(tell.view, None, str(tmp_path / "all")))
     assert {cause: each.values for cause, each in full.causes.items()} == {"before_start": 2}  # a sum and a count
     assert tell.job.journal.counts["reads"]["before_start"] == 2
     assert tell.job.journal.counts["once"]["repeated"] == 1
@@ -424,7 +424,7 @@ def test_rows_of_the_topic_from_before_the_start_of_both_kinds(tmp_path: Path) -
     tell([(2, 3.0)], reads=[(-3, 7), (9, 1)], once=[(9, 1)])
     assert tell.answers(*names)[2] == (7.0, 100.0, False)
     assert len(read_letters(tell.store, tell.view)) == 3
-    assert check(tell.view, str(tell.store)).differing == 0
+    assert check_parity(tell.view, str(tell.store)).differing == 0
     cuts = set(answers(tell.store, tell.view)["__cut"])
     assert all(cut_of(cut)["reads", -1] == cut_of(cut)["once", -1] == 2 for cut in cuts)
 
@@ -470,7 +470,7 @@ def test_a_later_start_that_reaches_further_takes_the_older_rows_in(tmp_path: Pa
         assert mine["__offset"].to_list() == list(range(len(mine)))
         assert mine.head(len(before[source])).equals(before[source].sort("__offset").select(mine.columns))
         assert not rows["v"].filter(rows["__partition"] == -1).is_duplicated().any()
-    assert check(view, str(tell.store)).differing == 0
+    assert check_parity(view, str(tell.store)).differing == 0
     again = Told(view, tmp_path, run_id="third")  # nothing is left to take in
     assert again.beginnings == tell.beginnings
 
@@ -488,7 +488,7 @@ def test_one_of_several_rows_that_count_is_replaced_and_the_table_names_it(tmp_p
     tell([(500, 451.0)], reads=[(452, 1)], once=[(450, 7), (450, 8), (452, 452)])  # repeats of both
     tell([(501, 461.0)], reads=[(462, 1)], once=[(1, 7), (462, 462)])  # known earlier than all of them
     tell.answers()
-    checked = check(view, str(tell.store))
+    checked = check_parity(view, str(tell.store))
     assert checked.feature_rows == 5
     assert checked.differing == 0, {name: each.examples for name, each in checked.features.items() if each.differing}
     rows = read(str(tell.store / "sources" / "once"))
@@ -496,7 +496,7 @@ def test_one_of_several_rows_that_count_is_replaced_and_the_table_names_it(tmp_p
     tell = Told(view, tmp_path, run_id="third")
     tell([(502, 471.0)], reads=[(472, 1)], once=[(472, 472)])
     tell.answers()
-    assert check(view, str(tell.store)).differing == 0
+    assert check_parity(view, str(tell.store)).differing == 0
 
 
 def test_a_history_that_ended_long_ago_leaves_nothing_to_wait_for(tmp_path: Path) -> None:
@@ -536,7 +536,7 @@ def test_history_is_read_a_few_days_at_a_time(tmp_path: Path, monkeypatch: pytes
     rows = [(-day * number - 60 * i, 100 * number + i) for number in range(30) for i in range(20)]
     shuffled = rows_of(reads, rows).sample(fraction=1, shuffle=True, seed=1)
     lay(tmp_path / "in", {"reads": shuffled, "once": rows_of(once, rows)})
-    monkeypatch.setattr(history_files, "CHUNK_ROWS", 50)
+    monkeypatch.setattr(history_files, "READ_CHUNK_ROWS", 50)
     seen: list[int] = []
     pieces = HistoryFiles.pieces
 
@@ -569,7 +569,7 @@ def test_a_store_of_before_is_continued(tmp_path: Path) -> None:
     tell([(2, 3.0)], reads=[(9, 1)], once=[(9, 1)])
     names = ("reads_by_k_v_sum_1h", "once_by_k_v_sum_1h", "__cold")
     assert tell.answers(*names) == {1: (3.0, 30.0, None), 2: (10.0, 100.0, False)}
-    assert check(tell.view, str(tell.store)).differing == 0
+    assert check_parity(tell.view, str(tell.store)).differing == 0
 
 
 def forget(table: Path, column: str | None = None) -> None:
@@ -629,9 +629,11 @@ def test_history_through_a_broker_with_a_kill(live: Live, tmp_path: Path) -> Non
     assert set(dead_letters["source"]) == {"stock"}
     repeats = stage.kept("sales").filter(pl.col("__partition") >= 0, pl.col("sold") < start)
     assert len(repeats) > 0
-    assert check(stage.view, str(stage.store)).differing == 0
+    assert check_parity(stage.view, str(stage.store)).differing == 0
     market.write(tmp_path / "all", market.sources())
-    full = compare(stage.view, str(stage.store), Batch.of(stage.view, None, str(tmp_path / "all" / "sources")))
+    full = compare_with_full(
+        stage.view, str(stage.store), BatchSide.of(stage.view, None, str(tmp_path / "all" / "sources"))
+    )
     assert full.feature_rows == len(asked)
     assert (full.differing, full.unexplained) == (0, 0), full
     assert stage.figures("two")["questions_unaccounted_for"] == 0

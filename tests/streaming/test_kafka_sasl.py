@@ -15,7 +15,7 @@ from transforms.streaming.kafka import (
     Sender,
     begin_offsets,
     end_offsets,
-    ensure,
+    ensure_topics,
 )
 from transforms.streaming.kafka_properties import read_properties
 
@@ -62,7 +62,7 @@ def properties(folder: Path, password: str) -> dict[str, str]:
 def test_all_clients_log_in_with_the_properties_of_the_file(live: Live, tmp_path: Path) -> None:
     with AskingServer(tmp_path / "kafka") as server:
         broker = Broker(server.bootstrap, live.expansion.address, java=properties(tmp_path, "S3CRET"))
-        ensure(broker, ["sales", "copies"])
+        ensure_topics(broker, ["sales", "copies"])
         sender = Sender(broker)
         sender.send("sales", b"k", b"v")
         sender.acknowledged()

@@ -16,7 +16,7 @@ from deploy.streaming.kafka import Broker as KafkaServer
 from schemas.errors import StoreError
 from tests.support.copying_job import copied
 from tests.support.live_fixtures import Live
-from transforms.streaming.kafka import Broker, Sender, begin_offsets, end_offsets, ensure
+from transforms.streaming.kafka import Broker, Sender, begin_offsets, end_offsets, ensure_topics
 from transforms.streaming.kafka_properties import read_properties
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
@@ -101,7 +101,7 @@ def test_all_clients_speak_tls_with_a_certificate(live: Live, tmp_path: Path) ->
     server.authority = ours
     with server:
         broker = Broker(server.bootstrap, live.expansion.address, java=properties(tmp_path, "ann", ours, certificate))
-        ensure(broker, ["sales", "copies"])
+        ensure_topics(broker, ["sales", "copies"])
         sender = Sender(broker)
         sender.send("sales", b"k", b"v")
         sender.acknowledged()
@@ -128,4 +128,4 @@ def test_a_broker_with_the_certificate_of_another_address_is_refused(live: Live,
         with pytest.raises(StoreError):
             begin_offsets(Broker(server.bootstrap, java=java), ["sales"])
         unchecked = {**java, "ssl.endpoint.identification.algorithm": ""}
-        ensure(Broker(server.bootstrap, java=unchecked), ["sales"])
+        ensure_topics(Broker(server.bootstrap, java=unchecked), ["sales"])

@@ -15,7 +15,7 @@ from schemas import DefinitionError, Derived, FeatureView, Latest, Lookup, Sourc
 from tests.support import histories
 from tests.support.live_turns import SOURCES, VALUES, audit, events, placed, run, sales, shops, spine_rows, stream
 from tests.support.turns import Job, JobOptions, unread
-from transforms.streaming.groups import groups_of
+from transforms.streaming.groups import shard_groups
 from transforms.streaming.journal import Turn
 from transforms.streaming.messages import Message, to_arrow
 
@@ -45,7 +45,7 @@ def test_a_key_known_only_after_events_were_read_is_refused() -> None:
     for key in ("most", "numbered_g"):
         other = Trailing(events, by={key: "g"}, over="1m", stats={"v": "sum"}, name="other")
         with pytest.raises(DefinitionError, match="keys come from the spine's columns") as refused:
-            groups_of(FeatureView("v", spine_rows, key="id", features=[*features, other]))
+            shard_groups(FeatureView("v", spine_rows, key="id", features=[*features, other]))
         assert repr(key) in str(refused.value)
 
 
@@ -54,11 +54,11 @@ def test_a_derived_with_the_name_of_a_key_is_the_key_if_it_has_its_values() -> N
     below = Trailing(events, by={"g": "k"}, over="1m", stats={"v": "sum"}, name="below")
     text = Derived(g=pl.col("g").cast(pl.String))
     with pytest.raises(DefinitionError, match="'g', by which 'events' is read"):
-        groups_of(FeatureView("v", spine_rows, key="id", features=[text, below]))
-    groups_of(FeatureView("v", spine_rows, key="id", features=[above, text]))
+        shard_groups(FeatureView("v", spine_rows, key="id", features=[text, below]))
+    shard_groups(FeatureView("v", spine_rows, key="id", features=[above, text]))
     below = Trailing(events, by="g", over="1m", stats={"v": "sum"}, name="below")
     for same in (pl.col("g"), pl.col("g").cast(pl.Int64)):
-        (group,) = groups_of(FeatureView("v", spine_rows, key="id", features=[above, Derived(g=same), below]))
+        (group,) = shard_groups(FeatureView("v", spine_rows, key="id", features=[above, Derived(g=same), below]))
         assert group.spine_columns == ("g",)
 
 
@@ -69,11 +69,11 @@ def test_what_a_key_is_derived_from_is_as_a_derived_above_it_has_it() -> None:
         Derived(odd=(pl.col("y") % 2).cast(pl.Int64)),
         Trailing(events, by={"odd": "g"}, over="1m", stats={"v": "sum"}),
     ]
-    groups_of(FeatureView("v", spine_rows, key="id", features=features))
+    shard_groups(FeatureView("v", spine_rows, key="id", features=features))
     hidden = Derived(g=pl.col("g").cast(pl.Float32))
     odd = Derived(odd=(pl.col("g") % 2).cast(pl.Int64))
     with pytest.raises(DefinitionError, match="'odd', by which 'events' is read"):
-        groups_of(FeatureView("v", spine_rows, key="id", features=[hidden, odd, features[2]]))
+        shard_groups(FeatureView("v", spine_rows, key="id", features=[hidden, odd, features[2]]))
 
 
 looked_up = FeatureView(
@@ -154,7 +154,7 @@ def test_a_key_derived_from_the_spine_is_routed() -> None:
         key="id",
         features=[Derived(near=pl.col("g") // 2), Trailing(events, by={"near": "g"}, over="1m", stats={"v": "sum"})],
     )
-    (group,) = groups_of(derived)
+    (group,) = shard_groups(derived)
     assert group.spine_columns == ("near",)
 
 

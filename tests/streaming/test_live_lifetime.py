@@ -29,7 +29,7 @@ from tests.support.live_turns import audit, events, placed, run, sales, spine_ro
 from tests.support.live_turns import read as rows_of
 from tests.support.state_cells import Cell
 from tests.support.turns import Job, JobOptions
-from transforms.lineage.feature_parity import check
+from transforms.lineage.feature_parity import check_parity
 from transforms.storage.paths import features_live_uri
 from transforms.streaming import recovery
 from transforms.streaming.journal import Turn
@@ -120,7 +120,7 @@ def test_disorder_changes_answers_but_not_parity(tmp_path: Path) -> None:
     flags = ["--disorder", "9h", "--keep", "12h", "--chunk", "2h", "--shards", "2"]
     assert features_streaming.main([*argv, "--streaming", "--sources", str(folder / "sources"), *flags]) == 0
     assert parity.main(argv) == 0
-    found = check(load_definition(path).view, str(tmp_path / "live"))
+    found = check_parity(load_definition(path).view, str(tmp_path / "live"))
     assert found.by_cut > found.changed_later > 0
 
 
@@ -206,7 +206,7 @@ def test_an_event_that_is_years_late_counts_from_then_on_and_changes_no_answer(t
         6: answer(15.5, 0.5, 0.5, 8, 5),
     }
     assert tell.job.journal.counts["reads"] == {"messages": 5, "rows": 8, "late": 1}  # none is beyond
-    found = check(ever, str(tmp_path))
+    found = check_parity(ever, str(tmp_path))
     assert (found.differing, found.changed_later) == (0, 3)
 
 
@@ -237,7 +237,7 @@ def test_an_event_is_compacted_when_nothing_can_replace_it_any_more(tmp_path: Pa
     tell([(9000, "a", 2.0, 4)], [(4, 5000.0)])
     totals = {name: row["reads_by_k_v_sum_all"] for name, row in tell.answers().items()}
     assert totals == {1: 5.5, 2: 5.5, 3: 1.5, 4: 3.5}
-    assert check(once, str(tmp_path)).differing == 0
+    assert check_parity(once, str(tmp_path)).differing == 0
 
 
 def test_a_row_that_a_much_older_repeat_replaced_does_not_come_back_with_a_restart(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_row_that_a_much_older_repeat_replaced_does_not_come_back_with_a_resta
     tell([(9000, "a", 2.0, 4)], [(3, 5560.0)])
     totals = {name: row["reads_by_k_v_sum_10m"] for name, row in tell.answers().items()}
     assert totals == {1: None, 2: None, 3: 1.0}
-    assert check(bounded, str(tmp_path)).differing == 0
+    assert check_parity(bounded, str(tmp_path)).differing == 0
 
 
 def test_with_a_longer_keep_no_question_goes_behind_what_is_compacted(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_a_restart_without_a_checkpoint_compacts_the_tables_again(
             held = [each for shard in tell.job.shards for each in shard.compacted.values()]
             assert sum(map(len, held)) == 3 * (1 + 2)  # of three keys a summary, the first and the last row
     assert len(tell.answers()) == 20
-    found = check(ever, str(tmp_path))
+    found = check_parity(ever, str(tmp_path))
     assert (found.feature_rows, found.differing, found.changed_later) == (20, 0, 0)
 
 

@@ -13,12 +13,12 @@ import pytest
 
 from deploy.streaming.processes import Child
 from examples.flights import data
-from schemas.live import sources_of
+from schemas.live import live_sources
 from schemas.loading import load_definition
 from tests.support.live_fixtures import Live
 from tests.support.live_jobs import high_marks
 from tests.support.tables import rows_of
-from transforms.lineage.feature_parity import check
+from transforms.lineage.feature_parity import check_parity
 from transforms.storage.paths import features_live_uri, sources_root
 from transforms.streaming.beginnings import of_topic
 
@@ -35,7 +35,7 @@ def test_a_month_with_uneven_partitions_an_idle_one_and_a_pause_is_batch_to_the_
     up."""
     view, store, prefix = load_definition(DEFINITION).view, tmp_path / "live", "month-"
     data.write(str(tmp_path / "store"))
-    sources = list(sources_of(view))
+    sources = list(live_sources(view))
     live.broker.create(*(prefix + name for name in sources), partitions=4)
     common = [
         "--definition",
@@ -123,7 +123,7 @@ def test_a_month_with_uneven_partitions_an_idle_one_and_a_pause_is_batch_to_the_
     answers = rows_of(features_live_uri(str(store), view.name, view.fingerprint), ["row_id", "__late"])
     assert answers["row_id"].n_unique() == len(answers) == sum(spine)
     assert not answers["__late"].any()
-    found = check(view, str(store))
+    found = check_parity(view, str(store))
     assert found.feature_rows == len(answers)
     assert found.differing == 0, {name: each.examples for name, each in found.features.items() if each.differing}
     print(f"{sum(each.rows for each in found.features.values()):,} values, {found.cuts} cuts: 0 differ")

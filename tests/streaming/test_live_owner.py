@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from beam_pipelines import features, features_streaming
@@ -119,6 +121,55 @@ def test_another_stream_is_refused_before_anything_is_written(
     said = capsys.readouterr().err
     assert all(word in said for word in [flags[0], "none" if "03-0" in flags[1] else "where", "another --store"]), said
     assert content(store) == before
+
+
+def changed_files(folder: Path, change: str) -> None:
+    """Changes the rows of the market's sales."""
+    path = sorted((folder / "sources" / "sales").glob("*.parquet"))[0]
+    rows = pl.read_parquet(path)
+    middle = len(rows) // 2
+    match change:
+        case "value":
+            rows = rows.with_columns(price=pl.when(pl.int_range(pl.len()) == middle).then(77.0).otherwise("price"))
+        case "removed":
+            rows = pl.concat([rows[:middle], rows[middle + 1 :]])
+        case "added":
+            rows[middle : middle + 1].write_parquet(path.with_name("another.parquet"))
+        case "appended":
+            rows = pl.concat([rows, rows.sort("sold")[-1:]])
+    rows.write_parquet(path)
+    os.utime(path, (1, 1))
+
+
+@pytest.mark.parametrize("change", ["value", "removed", "added", "appended", "nothing"])
+def test_a_replay_is_continued_only_over_the_rows_that_it_began_with(
+    lived: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    """Else the offsets up to which the store has read would be those of other rows."""
+    folder, store = shutil.copytree(lived[0], tmp_path / "copy"), tmp_path / "copy" / "store"
+    changed_files(folder, change)
+    before = content(store)
+    code = guard(features_streaming.main)(argv(folder, store, name="again"))
+    said = capsys.readouterr().err
+    if change == "nothing":
+        assert code == 0, said
+        return
+    assert code == 4, said
+    assert "files of sales that have changed" in said
+    assert "another --store" in said
+    assert content(store) == before
+
+
+def test_a_replay_that_has_committed_nothing_may_have_other_rows(lived: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(lived[0], tmp_path / "copy")
+    note = json.loads((folder / "store" / OWNER).read_text())
+    assert sorted(note["rows"]) == ["sales", "stock", "visits"]
+    shutil.rmtree(folder / "store")
+    (folder / "store").mkdir()
+    (folder / "store" / OWNER).write_text(json.dumps(note))
+    changed_files(folder, "removed")
+    assert features_streaming.main(argv(folder, folder / "store", name="again")) == 0
+    assert json.loads((folder / "store" / OWNER).read_text())["rows"] != note["rows"]
 
 
 def test_a_job_that_has_read_nothing_binds_to_no_stream(tmp_path: Path) -> None:

@@ -15,15 +15,15 @@ from schemas.errors import StoreError
 from tests.support.live_turns import audit, run, stream
 from transforms.storage.delta_tables import open_table
 from transforms.storage.paths import sources_root
-from transforms.streaming.live_tables import Writer, application_of, last_commit_record
+from transforms.streaming.live_tables import TableWriter, application_of, last_commit_record
 
 
 @contextlib.contextmanager
 def others_commit(times: int) -> Iterator[None]:
     """After every commit of the job others commit to the table as well, as a vacuum or a change of properties does."""
-    append = Writer.append
+    append = TableWriter.append
 
-    def crowded(self: Writer, *args: Any) -> int:
+    def crowded(self: TableWriter, *args: Any) -> int:
         done = append(self, *args)
         table = open_table(self.uri)
         for number in range(times if table is not None else 0):
@@ -31,7 +31,7 @@ def others_commit(times: int) -> Iterator[None]:
         return done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Writer, "append", crowded)
+        patch.setattr(TableWriter, "append", crowded)
         yield
 
 

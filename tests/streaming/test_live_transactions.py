@@ -21,7 +21,7 @@ from tests.support.live_jobs import END, Slot, Stage, slots
 from tests.support.live_serving_case import check, flags, topics
 from transforms.records.times import FOREVER
 from transforms.streaming.kafka import Broker, begin_offsets, end_offsets
-from transforms.streaming.kafka_admin import first_record, unread
+from transforms.streaming.kafka_admin import first_record, unread_offsets
 from transforms.streaming.messages import HEARTBEAT, heartbeat, to_arrow
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(280)]
@@ -162,12 +162,12 @@ def test_offsets_that_hold_no_record_are_told_from_those_that_wait(live: Live) -
     assert first_record(broker, name, 0, 0) == 3
     assert first_record(broker, name, 0, 4) == 8
     assert first_record(broker, name, 1, 0) == 4
-    assert unread(broker, {name: begin_offsets(broker, [name])[name]})[name] == {0: 5, 1: 0, 2: 0}
-    assert unread(broker, {name: {0: 4, 1: 0, 2: 0}})[name] == {0: 0, 1: 0, 2: 0}
+    assert unread_offsets(broker, {name: begin_offsets(broker, [name])[name]})[name] == {0: 5, 1: 0, 2: 0}
+    assert unread_offsets(broker, {name: {0: 4, 1: 0, 2: 0}})[name] == {0: 0, 1: 0, 2: 0}
     send({0: 1, 1: 1}, "open")  # not there until it is committed
     assert end_offsets(broker, [name])[name] == {0: 8, 1: 4, 2: 0}
     assert first_record(broker, name, 0, 4) == 8
     producer.commit_transaction(30)
     assert first_record(broker, name, 0, 4) == 8
-    assert unread(broker, {name: {0: 4, 1: 0, 2: 0}})[name] == {0: 2, 1: 2, 2: 0}
-    assert unread(broker, {name: {0: 9, 1: 5}})[name] == {0: 0, 1: 0, 2: 0}
+    assert unread_offsets(broker, {name: {0: 4, 1: 0, 2: 0}})[name] == {0: 2, 1: 2, 2: 0}
+    assert unread_offsets(broker, {name: {0: 9, 1: 5}})[name] == {0: 0, 1: 0, 2: 0}

@@ -34,7 +34,14 @@ from transforms.inference.live_records import BatchOrigin
 from transforms.sources.contracts import Contract
 from transforms.streaming.avro_messages import avro_rows, check_avro
 from transforms.streaming.live_features import DecodeBundles
-from transforms.streaming.message_limits import LIMITS, MessageLimits, check_arrow, check_json, json_depth, read_arrow
+from transforms.streaming.message_limits import (
+    DEFAULT_LIMITS,
+    MessageLimits,
+    check_arrow,
+    check_json,
+    json_depth,
+    read_arrow,
+)
 from transforms.streaming.messages import Decoded, Message, decode, from_arrow, to_arrow
 from transforms.streaming.micro_batches import micro_batches_of
 
@@ -458,7 +465,7 @@ def test_the_limits_are_flags_of_both_live_jobs(pipeline: Any, tmp_path: Path, c
         flags.remove("--without_history")
     options, _ = pipeline.parse([*flags, *(f"--max_message_{name}={value}" for name, value in values.items())])
     assert options.limits == MessageLimits(2, 3 << 20, 4, 5)
-    assert pipeline.parse(flags)[0].limits == LIMITS
+    assert pipeline.parse(flags)[0].limits == DEFAULT_LIMITS
     for bad in ("0", "-1", "x", "1e3", "99999999999999999999"):
         with pytest.raises(DefinitionError, match="is not a whole number from 1 to"):
             pipeline.parse([*flags, f"--max_message_rows={bad}"])
@@ -513,7 +520,7 @@ def test_whatever_bytes_a_message_has_it_is_read_or_a_dead_letter(
         )
     value = value[: chance.randrange(len(value))] if chance.random() < 0.2 else value
     found: Decoded = decode(contract, [message(bytes(value))])
-    assert len(found.rows) + len(found.dead_letters) <= LIMITS.rows
+    assert len(found.rows) + len(found.dead_letters) <= DEFAULT_LIMITS.rows
     with contextlib.suppress(ContractError):
         from_arrow(bytes(value))
     scored(bytes(value))

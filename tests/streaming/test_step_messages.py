@@ -20,7 +20,7 @@ from transforms.streaming.beginnings import Beginning, Beginnings, LoadedHistory
 from transforms.streaming.completeness import Partition, SourceCompleteness
 from transforms.streaming.journal import JournalCheckpoint
 from transforms.streaming.journal_dofn import JournalDoFn
-from transforms.streaming.live_features import contracts_of, decoded
+from transforms.streaming.live_features import contracts_of, decode_messages
 from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.mirrored_state import SINGLE_KEY
 from transforms.streaming.progress import CommitRecord, RecoveryPoint
@@ -219,7 +219,7 @@ def test_with_one_shard_only_what_leaves_the_step_is_serialised(
     head, bag, *slots = (Cell() for _ in range(10))
     tags = []
     for index, messages in enumerate(stream(Random(5), 3)):
-        envelope = decoded(contracts_of(view), messages, index=index)
+        envelope = decode_messages(contracts_of(view), messages, index=index)
         tags += [each.tag for each in step.process((SINGLE_KEY, envelope), head, bag, *slots)]
     assert set(tags) == {"features", "entries"}
     assert len(packed) == len(tags)

@@ -20,7 +20,7 @@ from beam_pipelines.runtime.errors import guard
 from schemas.loading import load_definition
 from tests.support.inference_case import DEFINITION, train, write_sources
 from transforms.models.registry import Registry, registry_uri
-from transforms.models.scoring import Pinned, open_scorer, predict
+from transforms.models.scoring import PinnedModel, open_scorer, predict
 from transforms.records.times import FOREVER
 from transforms.storage.delta_tables import data_files, open_table, read_group
 from transforms.storage.paths import features_live_uri
@@ -67,7 +67,7 @@ class House:
 
     def expected(self, version: str) -> pl.DataFrame:
         """What a batch job with this version says of the live answers."""
-        made = predict(open_scorer(Pinned(str(self.folder(version)), version)), self.answers())
+        made = predict(open_scorer(PinnedModel(str(self.folder(version)), version)), self.answers())
         return pl.DataFrame(pl.from_arrow(made)).sort("row_id")
 
 

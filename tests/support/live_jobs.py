@@ -20,11 +20,11 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 
 from deploy.streaming.processes import Child
 from schemas import FeatureView, load_definition
-from schemas.live import accepted, live_schema, sources_of
+from schemas.live import accepted, live_schema, live_sources
 from tests.support import market
 from tests.support.live_fixtures import Live
 from tests.support.tables import figures_of
-from transforms.lineage.feature_parity import check
+from transforms.lineage.feature_parity import check_parity
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, sources_root
@@ -64,7 +64,7 @@ class Stage:
         self.definition = market.define(folder, definition)
         self.view: FeatureView = load_definition(str(self.definition)).view
         self.prefix = f"s{os.getpid()}-{next(_numbers)}-"
-        self.sources = sources_of(self.view)
+        self.sources = live_sources(self.view)
         live.broker.create(*map(self.topic, self.sources), partitions=partitions)
         live.broker.create(self.outputs[0], partitions=1, config=dict(config or {}))
         live.broker.create(self.outputs[1], partitions=1)
@@ -242,7 +242,7 @@ class Stage:
         )
         assert answers["row_id"].n_unique() == len(answers)
         assert asked.sort(ids).equals(answers.select(ids).sort(ids))
-        found = check(self.view, str(self.store))
+        found = check_parity(self.view, str(self.store))
         assert found.differing == 0, {name: each.examples for name, each in found.features.items() if each.differing}
         assert found.feature_rows == len(answers)
         told = {row for value in self.on_topic(self.outputs[0]) for row in pl.read_ipc_stream(value)["row_id"]}

@@ -19,12 +19,12 @@ from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing
 from schemas.views import lifetime_sources
 from tests.support import histories, oracles
 from tests.support.turns import Job, JobOptions, unread
-from transforms.lineage.feature_parity import check
+from transforms.lineage.feature_parity import check_parity
 from transforms.records.times import FOREVER
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, sources_root
-from transforms.streaming.live_dimensions import kept
-from transforms.streaming.live_tables import Writer
+from transforms.streaming.live_dimensions import kept_version
+from transforms.streaming.live_tables import TableWriter
 from transforms.streaming.messages import Message, heartbeat, to_arrow
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, cut_of, row_identity
 
@@ -153,16 +153,16 @@ class Killed(Exception):
 @contextlib.contextmanager
 def dying_after(appends: int) -> Iterator[None]:
     """The process dies when so many tables have been committed."""
-    append, done = Writer.append, []
+    append, done = TableWriter.append, []
 
-    def counted(self: Writer, *args: Any) -> int:
+    def counted(self: TableWriter, *args: Any) -> int:
         if len(done) == appends:
             raise Killed
         done.append(self.uri)
         return append(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Writer, "append", counted)
+        patch.setattr(TableWriter, "append", counted)
         yield
 
 
@@ -224,7 +224,7 @@ def audit(folder: str, chunks: list[list[Message]], job: Job) -> None:
     if not len(answers):
         return
     assert answers["row_id"].n_unique() == len(answers)
-    found = check(view, folder)
+    found = check_parity(view, folder)
     assert found.differing == 0, {name: each.examples for name, each in found.features.items() if each.differing}
     assert found.feature_rows == len(answers)
     against_oracle(view, folder, answers.head(4))
@@ -245,7 +245,7 @@ def against_oracle(view: FeatureView, folder: str, answers: pl.DataFrame) -> Non
         cut = cut_of(answer["__cut"])
         versions = json.loads(answer["__dimensions"])
         assert versions.keys() == view.dimensions.keys()
-        tables = {name: kept(f"{folder}/dimensions", name, version) for name, version in versions.items()}
+        tables = {name: kept_version(f"{folder}/dimensions", name, version) for name, version in versions.items()}
         for name in SOURCES:
             rows = read(f"{sources_root(folder)}/{name}")
             seen = [row["__offset"] < cut.get((name, row["__partition"]), 0) for row in rows.iter_rows(named=True)]

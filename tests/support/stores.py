@@ -14,7 +14,7 @@ import polars as pl
 
 from beam_pipelines import cli
 from schemas import FeatureView, load_definition
-from schemas.live import sources_of
+from schemas.live import live_sources
 from tests.support.tables import figures_of, rows_of
 from tests.support.turns import Job, JobOptions, unread
 from transforms.models.registry import Registry, registry_uri
@@ -84,7 +84,7 @@ class Stored:
     def go_on(self, chunks: list[list[Message]], run_id: str = "went-on") -> Job:
         """A live job that starts where the tables stand and takes these messages, committing after each chunk."""
         view = self.view()
-        begin = {name: {0: 0, 1: 0} for name in sources_of(view)}
+        begin = {name: {0: 0, 1: 0} for name in live_sources(view)}
         keep = 12 * 3_600_000_000
         job = Job(view, self.store, self.folder / "sources", begin, JobOptions(run_id, shards=1, keep=keep))
         for chunk in chunks:

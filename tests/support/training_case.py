@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from schemas import Derived, FeatureView, Label, Model, Source, TimeSplit, encoders
 from schemas.splits import LABEL
 from transforms.training.examples import ExamplesAccount, ExampleShard
-from transforms.training.labels import Counts
+from transforms.training.labels import LabelCounts
 from transforms.training.trainer import Study
 
 SPINE = Source("spine", time="t", columns={"k": pl.Int64, "word": pl.String, "x": pl.Float32, "y": pl.Float32})
@@ -63,7 +63,7 @@ def examples(
             pq.write_table(tables[split].slice(low, high - low), path, row_group_size=100)
             shards.append(ExampleShard(split, i, str(path), high - low))
     return ExamplesAccount(
-        2 * rows, {name: Counts(rows, 0, 0, 0, rows) for name in tables}, seen, tuple(shards)
+        2 * rows, {name: LabelCounts(rows, 0, 0, 0, rows) for name in tables}, seen, tuple(shards)
     ), tables
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from schemas import FeatureView
 from transforms.records.frame_packets import head_of
 from transforms.streaming.journal import Journal, Turn
-from transforms.streaming.live_features import contracts_of, decoded
+from transforms.streaming.live_features import contracts_of, decode_messages
 from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.live_tables import PendingTurns
 from transforms.streaming.messages import Message
@@ -68,7 +68,7 @@ class Job:
 
     def take(self, messages: Sequence[Message]) -> None:
         """Decode messages, make a turn of them."""
-        envelope = decoded(self.contracts, messages)
+        envelope = decode_messages(self.contracts, messages)
         self.now = max(self.now, head_of(envelope)["arrived"])
         admitted, waiting = self.journal.admit(micro_batches_of(envelope), self.now)
         assert not waiting

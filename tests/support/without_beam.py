@@ -12,7 +12,7 @@ import pyarrow as pa
 from apache_beam import pvalue
 
 from beam_pipelines import features
-from beam_pipelines.features import Options
+from beam_pipelines.features import FeaturesOptions
 from schemas import FeatureView
 from transforms.features.column_reuse import Copies
 from transforms.features.history_snapshots import Summarise, merge_in_order, remove_parts
@@ -22,7 +22,7 @@ from transforms.features.plan import FeaturePlan
 from transforms.features.preparation import PreparedRun
 from transforms.features.shuffle import Route, routes
 from transforms.features.trailing_features import ComputeBlock, ComputeGathered
-from transforms.sources.tallies import SourceTally, add_tallies, conserve
+from transforms.sources.tallies import SourceTally, add_tallies, require_conserved
 from transforms.storage.delta_tables import CommitTarget, commit, write_files
 
 
@@ -80,7 +80,7 @@ def outputs_of(
     return Outputs(tagged["features"], tagged["dead_letters"], add_tallies(tagged["tallies"]), carried)
 
 
-def perform(options: Options) -> PreparedRun:
+def perform(options: FeaturesOptions) -> PreparedRun:
     """One run, committed."""
     view, work = options.definition.view, features.prepare(options)
     if work.plan is None:
@@ -92,5 +92,5 @@ def perform(options: Options) -> PreparedRun:
         view, options.table, options.run_id, work.plan.ranges, work.current, work.plan.dates is None
     )
     target = CommitTarget(options.table, view.output_schema, work.plan.dates, options.run_id, work.base, days=days)
-    commit(target, conserve(files, made.tallies, view.spine.name), manifest, (made.tallies, made.carried))
+    commit(target, require_conserved(files, made.tallies, view.spine.name), manifest, (made.tallies, made.carried))
     return work

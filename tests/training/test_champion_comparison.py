@@ -20,7 +20,7 @@ from schemas.splits import LABEL
 from tests.support import shop
 from tests.support.training_pipeline_case import account, flags
 from transforms.models.registry import Registry, registry_uri
-from transforms.models.scoring import Pinned, open_scorer, score
+from transforms.models.scoring import PinnedModel, open_scorer, score
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_uri
 from transforms.training.champion_rows import OwnTable, own_rows
@@ -84,7 +84,7 @@ def test_a_worse_model_of_other_features_does_not_take_the_alias(store: Path) ->
     # The champion's metric is that of its own features of the challenger's test rows.
     first = load_definition(str(store / "definition.py"))
     registry = Registry(registry_uri(str(store)))
-    scorer = open_scorer(Pinned(registry.resolve("buying", "1")[1]))
+    scorer = open_scorer(PinnedModel(registry.resolve("buying", "1")[1]))
     assert scorer.bundle.fingerprint != first.view.fingerprint
     rows = pl.concat([pl.read_parquet(path) for path in sorted(store.glob("examples/buying/worse/test-*.parquet"))])
     own = pl.read_delta(str(store / "features/buying" / scorer.bundle.fingerprint)).drop("row_id", "date")

@@ -157,7 +157,7 @@ def made(plan: ExamplePlan) -> ExamplesAccount:
         parts, account = examples.make_examples(plan, block)
         shards = tuple(examples.write_shard(plan, name, block, rows) for name, rows in parts.items())
         accounts.append(ExamplesAccount(account.rows, account.counts, account.labels, shards))
-    return examples.checked(examples.add_accounts(accounts), plan)
+    return examples.require_usable(examples.add_accounts(accounts), plan)
 
 
 def test_examples_hold_every_row_once_with_its_label(planned: ExamplePlan) -> None:

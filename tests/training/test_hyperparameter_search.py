@@ -20,14 +20,14 @@ from tests.support.training_case import examples, model, study
 from transforms.training import xgboost_data
 from transforms.training.fit_encoders import fit
 from transforms.training.hyperparameter_search import (
-    Result,
     Trial,
+    TrialResult,
+    best_result,
     budgets,
-    choose,
+    first_trials,
     last_of_each,
     over_folds,
     promoted,
-    trials,
 )
 from transforms.training.trainer import Train, side_by_side
 
@@ -38,11 +38,11 @@ def test_sobol_covers_the_space_more_evenly_than_chance() -> None:
     space = {"eta": (-1.0, 1.0), "gamma": (-1.0, 1.0), "alpha": (-1.0, 1.0)}
     spread = {}
     for method in ("random", "sobol"):
-        drawn = trials(model(search=Search(64, space, method, seed=2)))
+        drawn = first_trials(model(search=Search(64, space, method, seed=2)))
         points = np.array([[(each.params[name] + 1) / 2 for name in space] for each in drawn])
         spread[method] = qmc.discrepancy(points)
-        assert drawn[:5] == trials(model(search=Search(5, space, method, seed=2)))
-        assert drawn != trials(model(search=Search(64, space, method, seed=3)))
+        assert drawn[:5] == first_trials(model(search=Search(5, space, method, seed=2)))
+        assert drawn != first_trials(model(search=Search(64, space, method, seed=3)))
     assert spread["sobol"] < spread["random"] / 3
 
 
@@ -59,10 +59,10 @@ def test_sobol_covers_the_space_more_evenly_than_chance() -> None:
 def test_halving_gives_few_trials_many_rounds(count: int, rounds: int, factor: int, expected: list[int]) -> None:
     chosen = model(rounds=rounds, search=Search(count, SPACE, "halving", factor=factor))
     assert budgets(chosen) == expected
-    going = trials(chosen)
+    going = first_trials(chosen)
     assert {each.rounds for each in going} == {expected[0]}
     for rung in range(len(expected) - 1):
-        results = [Result(each, math.nan if each.index == 0 else each.index / 100) for each in going]
+        results = [TrialResult(each, math.nan if each.index == 0 else each.index / 100) for each in going]
         if len(going) == 1:
             break
         following = promoted(chosen, results, rung)
@@ -75,18 +75,18 @@ def test_halving_gives_few_trials_many_rounds(count: int, rounds: int, factor: i
 def test_a_rung_where_all_fail_ends_the_search() -> None:
     chosen = model(search=Search(3, SPACE, "halving"))
     with pytest.raises(DataError, match="A trial succeeds"):
-        promoted(chosen, [Result(each, math.nan, error="no") for each in trials(chosen)], 0)
+        promoted(chosen, [TrialResult(each, math.nan, error="no") for each in first_trials(chosen)], 0)
 
 
 def test_the_best_is_of_those_that_went_furthest() -> None:
-    low, high = Result(Trial(0, {}), 0.9), Result(Trial(1, {}, rung=1), 0.8)
-    earlier = Result(Trial(1, {}), 0.7)
-    assert choose(model(), [low, earlier, high]) is high
+    low, high = TrialResult(Trial(0, {}), 0.9), TrialResult(Trial(1, {}, rung=1), 0.8)
+    earlier = TrialResult(Trial(1, {}), 0.7)
+    assert best_result(model(), [low, earlier, high]) is high
     assert last_of_each([high, low, earlier]) == (low, high)
 
 
 def test_folds_are_averaged_and_one_that_fails_fails_the_trial() -> None:
-    parts = [Result(Trial(i, {}, fold=fold), 0.5 + fold / 10, rounds=fold) for fold in (2, 0, 1) for i in (0, 1)]
+    parts = [TrialResult(Trial(i, {}, fold=fold), 0.5 + fold / 10, rounds=fold) for fold in (2, 0, 1) for i in (0, 1)]
     parts[0] = dataclasses.replace(parts[0], value=math.nan, error="no")
     failed, worked = over_folds(model(), parts)
     assert worked.value == pytest.approx(0.6)
@@ -108,7 +108,7 @@ def test_trials_side_by_side_are_the_same_bytes_as_one_after_another(tmp_path: P
     fitted = fit(chosen, tables["train"].to_batches())
     found = []
     for name, cores in (("one", 1), ("three", 3)):
-        several = side_by_side(study(chosen, tmp_path / name, cores), account, [fitted], trials(chosen))
+        several = side_by_side(study(chosen, tmp_path / name, cores), account, [fitted], first_trials(chosen))
         found.append({each.trial.index: (each.value, Path(each.booster).read_bytes()) for each in several})
     assert found[0] == found[1]
     assert len({booster for _, booster in found[0].values()}) == 6
@@ -122,8 +122,8 @@ def test_bins_on_disk_train_as_bins_in_memory(tmp_path: Path, monkeypatch: pytes
     for limit in (1 << 40, 1):
         monkeypatch.setattr(xgboost_data, "EXTERNAL", limit)
         monkeypatch.setattr(xgboost_data, "PAGE", 1000)
-        monkeypatch.setattr(xgboost_data, "KEPT", 0)
-        (found[limit],) = side_by_side(study(chosen, tmp_path / str(limit)), account, [fitted], trials(chosen))
+        monkeypatch.setattr(xgboost_data, "KEPT_BYTES", 0)
+        (found[limit],) = side_by_side(study(chosen, tmp_path / str(limit)), account, [fitted], first_trials(chosen))
         assert not found[limit].error
     assert found[1].history == pytest.approx(found[1 << 40].history, abs=2e-3)
 
@@ -136,21 +136,23 @@ def test_halving_in_a_pipeline_ends_with_the_trial_that_a_plain_run_would_give(t
         study(chosen, tmp_path / "whole"),
         account,
         [fitted],
-        [dataclasses.replace(each, rounds=0) for each in trials(chosen)],
+        [dataclasses.replace(each, rounds=0) for each in first_trials(chosen)],
     )
     histories = {each.trial.index: each.history for each in whole}
 
-    def right(results: list[Result]) -> None:
+    def right(results: list[TrialResult]) -> None:
         assert sorted((each.trial.rung, each.rounds) for each in results) == [(0, 1)] * 5 + [(1, 3)] * 3 + [
             (2, 6)
         ] * 2 + [(3, 12)]
         for each in results:
             assert each.history == histories[each.trial.index][: each.rounds]
-        last = choose(chosen, results)
+        last = best_result(chosen, results)
         other = next(each for each in whole if each.trial.index == last.trial.index)
         assert Path(last.booster).read_bytes() == Path(other.booster).read_bytes()
 
     with test_pipeline.TestPipeline() as pipeline:
         sides = [pipeline | f"Side{i}" >> beam.Create([side]) for i, side in enumerate((account, fitted))]
-        tried = pipeline | beam.Create(trials(chosen)) | Train(study(chosen, tmp_path / "run"), sides[0], sides[1:])
+        tried = (
+            pipeline | beam.Create(first_trials(chosen)) | Train(study(chosen, tmp_path / "run"), sides[0], sides[1:])
+        )
         assert_that(tried, right)

@@ -131,7 +131,7 @@ def test_no_label_enters_before_its_horizon_has_passed() -> None:
         inside = [t for t in times if (start is None or t >= start) and t < end]
         ripe = [t for t in inside if t + timedelta(days=1) <= end]
         missing = 1 if name == "train" else 0
-        assert counts[name] == labels.Counts(
+        assert counts[name] == labels.LabelCounts(
             len(inside), len(inside) - len(ripe), missing, missing, len(ripe) - missing
         )
         assert parts[name]["asked"].to_list() == [t for t in ripe if t != times[2]]
@@ -147,7 +147,7 @@ def test_an_absent_label_may_have_a_value() -> None:
     parts, counts = labels.examples(
         labels.attach(asked, pl.DataFrame(schema=EVENTS), label, "asked"), label, split, "asked"
     )
-    assert counts["train"] == labels.Counts(1, 0, 1, 0, 1)
+    assert counts["train"] == labels.LabelCounts(1, 0, 1, 0, 1)
     assert parts["train"]["__label"].to_list() == [0.0]
 
 
@@ -155,7 +155,7 @@ def test_an_absent_label_may_have_a_value() -> None:
     ("objective", "counts", "seen", "words"),
     [
         ("binary:logistic", {}, {}, "The train split has rows"),
-        ("binary:logistic", {"train": labels.Counts(9, 9)}, {}, "9 wait for their label's horizon"),
+        ("binary:logistic", {"train": labels.LabelCounts(9, 9)}, {}, "9 wait for their label's horizon"),
         ("binary:logistic", None, {"train": {0.0: 5}}, "5 of class 0 only"),
         ("binary:logistic", None, {"train": {0.0: 1, 3.0: 4}}, "is 0 or 1. Got 3"),
         ("multi:softprob", None, {"train": {0.5: 1, 3.0: 4}}, "numbered from 0"),
@@ -164,7 +164,7 @@ def test_an_absent_label_may_have_a_value() -> None:
 )
 def test_what_cannot_be_learnt_is_refused(objective: str, counts: Any, seen: Any, words: str) -> None:
     if counts is None:
-        counts = {name: labels.Counts(5, 0, 0, 0, 5) for name in SPLITS}
+        counts = {name: labels.LabelCounts(5, 0, 0, 0, 5) for name in SPLITS}
         seen = {name: {0.0: 1, 1.0: 4} for name in SPLITS} | seen
     with pytest.raises(DataError, match=words):
-        labels.check(objective, counts, seen)
+        labels.check_splits(objective, counts, seen)

@@ -26,7 +26,7 @@ from schemas.splits import LABEL
 from transforms.models.encoders import Encoding, Fitted, columns_needed
 from transforms.models.mlflow_pyfunc import PyfuncModel
 from transforms.models.registry import Registry, registry_uri
-from transforms.models.scoring import Pinned, open_scorer, score
+from transforms.models.scoring import PinnedModel, open_scorer, score
 from transforms.records.exact_sums import Moments, exact_squares, integer_sums, root, square_ratio
 from transforms.training.data_checks import Level, Suspect
 from transforms.training.fit_encoders import Fitting
@@ -118,6 +118,23 @@ def test_integers_are_the_sum_of_their_columns(values: list[int], cuts: list[int
     if max(map(abs, values)) <= 2**24:
         assert json.loads(fitted.to_json())["format"] == 1
         assert state.keys() <= {"value"}
+
+
+@given(
+    st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0]), min_size=1, max_size=6),
+    st.lists(st.integers(0, 5), max_size=3),
+    st.randoms(),
+    st.sampled_from(
+        [encoders.MinMax(), encoders.Standardize(), encoders.Robust(), encoders.Bucketize(3), encoders.Impute("median")]
+    ),
+    st.sampled_from([pa.float32(), pa.float64()]),
+)
+def test_the_sign_of_zero_does_not_depend_on_the_order_of_rows(
+    values: list[float], cuts: list[int], chance: Any, encoder: Any, kind: pa.DataType
+) -> None:
+    expected = fit(encoder, pa.array(values, kind), [], chance).to_json()
+    shuffled = chance.sample(values, len(values))
+    assert fit(encoder, pa.array(shuffled, kind), cuts, chance).to_json() == expected
 
 
 @given(st.integers(LOW, HIGH), st.integers(0, 2**64 - 1))
@@ -371,7 +388,7 @@ def test_a_model_learns_from_digits_that_float32_does_not_have_and_names_what_lo
         assert warning.startswith("Input 'far'")
         assert "MinMax()" in warning
     # Behind MLflow's function the same code encodes.
-    scorer = open_scorer(Pinned(Registry(registry_uri(str(tmp_path / "store"))).resolve("vw_plain")[1]))
+    scorer = open_scorer(PinnedModel(Registry(registry_uri(str(tmp_path / "store"))).resolve("vw_plain")[1]))
     asked = pl.DataFrame({"day": [20240128, 20240129, None], "far": [0, 1, None]})
     frame = asked.to_pandas().astype(object)
     (batch,) = asked.to_arrow().combine_chunks().to_batches()

@@ -23,7 +23,7 @@ from transforms.models.encoders import Fitted
 from transforms.training import trainer, xgboost_data
 from transforms.training.examples import ExamplesAccount
 from transforms.training.fit_encoders import fit
-from transforms.training.hyperparameter_search import Result, Trial, choose, trials
+from transforms.training.hyperparameter_search import Trial, TrialResult, best_result, first_trials
 from transforms.training.trainer import BundleRequest, save_best, side_by_side
 from transforms.training.xgboost_checks import require_known
 
@@ -66,12 +66,12 @@ PAIRS = [(objective, metric) for objective, names in OBJECTIVES.items() for metr
 def test_the_iterator_trains_what_whole_arrays_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str, metric: str, kept: int
 ) -> None:
-    monkeypatch.setattr(xgboost_data, "KEPT", kept)
+    monkeypatch.setattr(xgboost_data, "KEPT_BYTES", kept)
     chosen = model(objective, metric)
     account, tables = examples(tmp_path, objective)
     fitted = fit(chosen, list(tables["train"].to_batches()))
     assert fitted.types == ["q", "q", "c"]
-    booster, history, rounds = train(chosen, trials(chosen)[0], fitted, account, 1)
+    booster, history, rounds = train(chosen, first_trials(chosen)[0], fitted, account, 1)
     theirs, values = native(chosen, tables)
     ours = {"brier": [v * v for v in values], "accuracy": [1 - v for v in values]}.get(metric, values)
     assert rounds == chosen.rounds
@@ -103,16 +103,18 @@ def test_the_same_seed_trains_the_same_bytes_however_files_are_cut(tmp_path: Pat
     found = []
     for parts in (1, 4):
         account, tables = examples(tmp_path, "binary:logistic", parts)
-        found.append(train(chosen, trials(chosen)[0], fit(chosen, tables["train"].to_batches()), account, 1))
+        found.append(train(chosen, first_trials(chosen)[0], fit(chosen, tables["train"].to_batches()), account, 1))
     assert found[0] == found[1]
     other = dataclasses.replace(chosen, seed=6)
-    assert train(other, trials(other)[0], fit(chosen, tables["train"].to_batches()), account, 1)[0] != found[0][0]
+    assert train(other, first_trials(other)[0], fit(chosen, tables["train"].to_batches()), account, 1)[0] != found[0][0]
 
 
 def test_early_stopping_keeps_the_best_rounds(tmp_path: Path) -> None:
     chosen = model(rounds=200, early_stopping=5, params={"max_depth": 6, "eta": 0.8})
     account, tables = examples(tmp_path, "binary:logistic")
-    booster, history, rounds = train(chosen, trials(chosen)[0], fit(chosen, tables["train"].to_batches()), account, 1)
+    booster, history, rounds = train(
+        chosen, first_trials(chosen)[0], fit(chosen, tables["train"].to_batches()), account, 1
+    )
     assert rounds == 1 + int(np.argmax(history))
     assert len(history) == rounds + 5 < 200
     assert xgboost.Booster(model_file=bytearray(booster)).num_boosted_rounds() == rounds
@@ -120,10 +122,10 @@ def test_early_stopping_keeps_the_best_rounds(tmp_path: Path) -> None:
 
 def test_trials_are_decided_by_the_seed_and_stay_in_bounds() -> None:
     space = {"max_depth": (2, 4), "eta": (0.01, 0.3), "gamma": (0.0, 1.0), "grow_policy": ["depthwise", "lossguide"]}
-    several = trials(model(search=Search(200, space, seed=3)))
-    assert several == trials(model(search=Search(200, space, seed=3)))
-    assert several[:5] == trials(model(search=Search(5, space, seed=3)))
-    assert several != trials(model(search=Search(200, space, seed=4)))
+    several = first_trials(model(search=Search(200, space, seed=3)))
+    assert several == first_trials(model(search=Search(200, space, seed=3)))
+    assert several[:5] == first_trials(model(search=Search(5, space, seed=3)))
+    assert several != first_trials(model(search=Search(200, space, seed=4)))
     drawn = {name: [each.params[name] for each in several] for name in space}
     assert set(drawn["max_depth"]) == {2, 3, 4}
     assert set(drawn["grow_policy"]) == {"depthwise", "lossguide"}
@@ -131,7 +133,7 @@ def test_trials_are_decided_by_the_seed_and_stay_in_bounds() -> None:
     assert 0.2 < max(drawn["eta"]) <= 0.3
     assert 0.04 < float(np.median(drawn["eta"])) < 0.075, "drawn in the logarithm"
     assert 0 <= min(drawn["gamma"]) < 0.1
-    assert trials(model()) == [Trial(0, {"max_depth": 3})]
+    assert first_trials(model()) == [Trial(0, {"max_depth": 3})]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_trials_are_decided_by_the_seed_and_stay_in_bounds() -> None:
 )
 def test_what_a_model_may_not_say_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(DefinitionError):
-        trials(model(**change))
+        first_trials(model(**change))
 
 
 @pytest.mark.parametrize(
@@ -178,6 +180,6 @@ def test_a_failed_trial_is_reported_and_the_best_of_the_others_is_saved(tmp_path
 
 
 def test_the_best_is_the_least_error_or_the_greatest_score_and_of_equals_the_first() -> None:
-    results = [Result(Trial(i, {}), value) for i, value in enumerate((math.nan, 0.5, 0.7, 0.7, 0.5))]
-    assert choose(model(), results).trial.index == 2
-    assert choose(model(metric="log_loss"), results[::-1]).trial.index == 1
+    results = [TrialResult(Trial(i, {}), value) for i, value in enumerate((math.nan, 0.5, 0.7, 0.7, 0.5))]
+    assert best_result(model(), results).trial.index == 2
+    assert best_result(model(metric="log_loss"), results[::-1]).trial.index == 1

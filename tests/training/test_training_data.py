@@ -14,7 +14,7 @@ from beam_pipelines import cli, features, training
 from schemas.errors import GateError
 from tests.support import shop
 from tests.support.training_pipeline_case import account, flags
-from transforms.models.bundle import load
+from transforms.models.bundle import load_bundle
 from transforms.validation.tfdv_schema import parse_schema, parse_statistics
 
 
@@ -73,7 +73,7 @@ def test_what_is_wrong_with_the_data_is_said(store: Path) -> None:
     assert "'one' has one value" in texts
     assert "'none' is null" in texts
     assert len(found["warnings"]) == 3
-    bundle = load(store / "runs/odd/model")
+    bundle = load_bundle(store / "runs/odd/model")
     assert (
         parse_statistics(bundle.extra["statistics.pb"]).datasets[0].num_examples
         == account(store, "odd")["splits"]["train"]["entered"]
@@ -96,7 +96,7 @@ def test_a_category_seen_only_in_test_is_scored_as_unknown_and_named(store: Path
     assert f"'east' ({len(east)} rows)" in warning
     assert warning in html.unescape((store / "runs/new/report.html").read_text())
     (batch,) = east.to_arrow().combine_chunks().to_batches()
-    fitted = load(store / "runs/new/model").encoders
+    fitted = load_bundle(store / "runs/new/model").encoders
     typed = pa.schema(
         [pa.field(each.name, pa.string() if each.type == pa.large_string() else each.type) for each in batch.schema]
     )

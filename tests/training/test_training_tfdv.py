@@ -10,7 +10,7 @@ import pytest
 
 from beam_pipelines import features, training
 from tests.support import shop
-from transforms.models.bundle import load
+from transforms.models.bundle import load_bundle
 from transforms.validation.tfdv_schema import parse_statistics
 
 
@@ -36,7 +36,7 @@ def test_tensorflow_and_tfdv_read_the_examples_of_a_run(tmp_path: Path) -> None:
         assert ages == rows["age"].to_list()
 
     theirs = tfdv.generate_statistics_from_tfrecord(str(folder / "train-*.tfrecord.gz"))
-    ours = parse_statistics(load(tmp_path / "runs/t/model").extra["statistics.pb"])
+    ours = parse_statistics(load_bundle(tmp_path / "runs/t/model").extra["statistics.pb"])
     assert theirs.datasets[0].num_examples == ours.datasets[0].num_examples == counts["train"]["entered"]
     known = {feature.path.step[0]: feature for feature in theirs.datasets[0].features}
     for feature in ours.datasets[0].features:

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from transforms.training.data_checks import Findings
-from transforms.training.unseen_categories import NAMED, unseen
-from transforms.validation.statistics import RANKS, describe, proto
+from transforms.training.unseen_categories import NAMED, warn_of_unseen
+from transforms.validation.statistics import RANKS, describe_batch, statistics_proto
 
 COLUMNS = pa.schema([("shop", pa.string())])
 BEFORE = Findings({}, {}, None, ("said before",))
@@ -17,11 +17,11 @@ BEFORE = Findings({}, {}, None, ("said before",))
 
 def statistics(values: list[str | None]) -> Any:
     rows = pa.RecordBatch.from_arrays([pa.array(values, pa.string())], schema=COLUMNS)
-    return proto(describe(rows, COLUMNS))
+    return statistics_proto(describe_batch(rows, COLUMNS))
 
 
 def warned(learnt: list[str | None], tested: list[str | None], inputs: tuple[str, ...] = ("shop",)) -> list[str]:
-    first, *more = unseen(BEFORE, statistics(learnt), statistics(tested), inputs).warnings
+    first, *more = warn_of_unseen(BEFORE, statistics(learnt), statistics(tested), inputs).warnings
     assert first == "said before"
     return more
 

@@ -16,11 +16,19 @@ from apache_beam.testing.util import assert_that
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transforms.records.exact_sums import ratio, square_ratio
+from transforms.records.exact_sums import as_fraction, square_ratio
 from transforms.records.record_batches import frame
 from transforms.validation import statistics
 from transforms.validation.numeric_sketch import NumericSketch
-from transforms.validation.statistics import Describe, Statistics, StringSketch, describe, described, nothing, proto
+from transforms.validation.statistics import (
+    Describe,
+    Statistics,
+    StringSketch,
+    columns_described,
+    describe_batch,
+    describe_nothing,
+    statistics_proto,
+)
 
 ROWS = 20_000
 SCHEMA = pa.schema([("x", pa.float32()), ("i", pa.int64()), ("b", pa.bool_()), ("s", pa.string())])
@@ -52,7 +60,7 @@ def example(rows: int = ROWS) -> pa.RecordBatch:
 
 
 BATCH = example()
-ALL = described(BATCH.schema, BATCH.schema.names)
+ALL = columns_described(BATCH.schema, BATCH.schema.names)
 
 
 def features(statistics: object) -> dict[str, object]:
@@ -68,7 +76,7 @@ def both() -> tuple[object, object]:
     data["flag"] = data["flag"].astype("int64")  # TFDV would count true and false as categories
     for name in ("missing", "nothing"):
         data[name] = data[name].astype("float32" if name == "missing" else "object")
-    return proto(describe(BATCH, ALL)), tfdv.generate_statistics_from_dataframe(data)
+    return statistics_proto(describe_batch(BATCH, ALL)), tfdv.generate_statistics_from_dataframe(data)
 
 
 @pytest.mark.parametrize("name", BATCH.schema.names)
@@ -135,16 +143,16 @@ def test_result_does_not_depend_on_cuts_nor_on_the_order_of_merging(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "LEVELS", levels)
-        whole = describe(of_rows(values), SCHEMA)
+        whole = describe_batch(of_rows(values), SCHEMA)
         bounds = [0, *sorted(min(cut, len(values)) for cut in cuts), len(values)]
-        parts = [describe(of_rows(values[a:b]), SCHEMA) for a, b in itertools.pairwise(bounds)]
+        parts = [describe_batch(of_rows(values[a:b]), SCHEMA) for a, b in itertools.pairwise(bounds)]
         while len(parts) > 1:
             chance.shuffle(parts)
             parts = [parts.pop() + parts.pop(), *parts]
         assert parts[0] == whole
-        assert proto(parts[0]).SerializeToString(deterministic=True) == proto(whole).SerializeToString(
-            deterministic=True
-        )
+        assert statistics_proto(parts[0]).SerializeToString(deterministic=True) == statistics_proto(
+            whole
+        ).SerializeToString(deterministic=True)
         combine = Describe(SCHEMA)
         state = combine.merge_accumulators(
             [combine.add_input(combine.create_accumulator(), of_rows(values)), combine.create_accumulator()]
@@ -159,7 +167,7 @@ def test_numbers_are_counted_and_summed_without_rounding(values: list[float | No
     found = NumericSketch.of(column)
     assert (found.rows, found.missing, found.values) == (len(values), values.count(None), len(known))
     assert found.zeros == known.count(0.0)
-    assert ratio(found.total) == sum(map(Fraction, known))
+    assert as_fraction(found.total) == sum(map(Fraction, known))
     assert square_ratio(found.squares) == sum(Fraction(value) ** 2 for value in known)
     if known:
         assert (found.least, found.greatest) == (min(known), max(known))
@@ -200,7 +208,7 @@ def test_of_very_many_strings_the_same_sample_stands_for_all(monkeypatch: pytest
 
 def test_statistics_of_a_pcollection_are_one_proto() -> None:
     parts = [BATCH.slice(start, 3_000) for start in range(0, ROWS, 3_000)]
-    expected = proto(describe(BATCH, ALL))
+    expected = statistics_proto(describe_batch(BATCH, ALL))
 
     def same(found: list[object]) -> None:
         assert found == [expected]
@@ -211,7 +219,7 @@ def test_statistics_of_a_pcollection_are_one_proto() -> None:
 
 def test_statistics_of_no_rows_name_every_column() -> None:
     def empty(found: list[object]) -> None:
-        assert found == [proto(nothing(ALL))]
+        assert found == [statistics_proto(describe_nothing(ALL))]
         assert list(features(found[0])) == ALL.names
 
     with beam.Pipeline() as pipeline:
@@ -222,7 +230,7 @@ def test_only_numbers_booleans_and_strings_are_described() -> None:
     schema = pa.schema(
         [("a", pa.float32()), ("when", pa.timestamp("us", "UTC")), ("day", pa.date32()), ("s", pa.string())]
     )
-    assert described(schema, schema.names).names == ["a", "s"]
+    assert columns_described(schema, schema.names).names == ["a", "s"]
 
 
 def test_strings_from_polars_count_like_those_from_arrow() -> None:

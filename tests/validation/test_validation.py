@@ -33,15 +33,15 @@ from transforms.validation.publish_check import (
     read_statistics,
     statistics_path,
 )
-from transforms.validation.statistics import Statistics, describe, described, proto
+from transforms.validation.statistics import Statistics, columns_described, describe_batch, statistics_proto
 from transforms.validation.tfdv_schema import (
+    find_anomalies,
     infer_schema,
-    measured,
+    measure_drift,
     parse_schema,
     schema_text,
     tfdv,
     update_schema,
-    validate,
 )
 
 SCHEMA = pa.schema(
@@ -54,7 +54,7 @@ SCHEMA = pa.schema(
         ("date", pa.date32()),
     ]
 )
-COLUMNS = described(SCHEMA, SCHEMA.names)
+COLUMNS = columns_described(SCHEMA, SCHEMA.names)
 DAY = date(2013, 3, 1)
 
 
@@ -74,7 +74,7 @@ def rows(seed: int = 0, day: date = DAY, **changed: object) -> pa.RecordBatch:
 
 
 def statistics(batch: pa.RecordBatch) -> object:
-    return proto(describe(batch, described(batch.schema, batch.schema.names)))
+    return statistics_proto(describe_batch(batch, columns_described(batch.schema, batch.schema.names)))
 
 
 USUAL = statistics(rows())
@@ -82,7 +82,7 @@ REVIEWED = infer_schema(USUAL, COLUMNS)
 
 
 def texts(batch: pa.RecordBatch, schema: object = REVIEWED, previous: object = USUAL) -> list[str]:
-    return [str(each) for each in validate(statistics(batch), schema, previous, "[2013-03-01, 2013-03-02)")]
+    return [str(each) for each in find_anomalies(statistics(batch), schema, previous, "[2013-03-01, 2013-03-02)")]
 
 
 def test_rows_like_those_before_keep_the_schema() -> None:
@@ -132,7 +132,7 @@ def test_rows_that_are_not_there_are_an_anomaly() -> None:
     ],
 )
 def test_drift_is_detected(changed: dict[str, object], feature: str) -> None:
-    (found,) = validate(statistics(rows(seed=1, **changed)), REVIEWED, USUAL, "[2013-03-01, 2013-03-02)")
+    (found,) = find_anomalies(statistics(rows(seed=1, **changed)), REVIEWED, USUAL, "[2013-03-01, 2013-03-02)")
     assert found.feature == feature
     assert ("Linfty" if feature == "carrier" else "Jensen-Shannon") in found.rule
     assert "above the threshold 0.5" in found.value
@@ -168,15 +168,15 @@ def test_update_changes_what_must_and_keeps_the_rest() -> None:
     assert list(after.string_domain[0].value) == ["AA", "B6", "UA", "XX"]
     thresholds = [each.drift_comparator.jensen_shannon_divergence.threshold for each in after.feature if each.type != 1]
     assert thresholds == [0.7, 0.7, 0.7, 0.7, 0.5]  # ours, and that of the new column
-    assert validate(now, after) == ()
+    assert find_anomalies(now, after) == ()
     assert update_schema(after, now, COLUMNS) == after
 
 
 def test_update_raises_a_bound_on_drift_only_as_far_as_it_was_passed() -> None:
     now = statistics(rows(seed=1, hour=pa.array(np.full(1000, 6))))
-    assert validate(now, REVIEWED, USUAL)
+    assert find_anomalies(now, REVIEWED, USUAL)
     after = update_schema(REVIEWED, now, COLUMNS, USUAL)
-    assert validate(now, after, USUAL) == ()
+    assert find_anomalies(now, after, USUAL) == ()
     raised = {each.name: each.drift_comparator.jensen_shannon_divergence.threshold for each in after.feature}
     assert 0.5 < raised.pop("hour") <= 1.0
     assert raised == {"delay": 0.5, "full": 0.5, "late": 0.5, "carrier": 0.0}
@@ -186,7 +186,7 @@ def test_bounds_on_drift_follow_what_was_measured() -> None:
     pieces = [statistics(rows(seed, full=pa.array(np.full(1000, seed), pa.float32()))) for seed in range(5)]
     schema = infer_schema(USUAL, COLUMNS, pieces)
     by_name = {each.name: each for each in schema.feature}
-    moved = [measured(REVIEWED, now, before)["delay"] for before, now in itertools.pairwise(pieces)]
+    moved = [measure_drift(REVIEWED, now, before)["delay"] for before, now in itertools.pairwise(pieces)]
     bound = by_name["delay"].drift_comparator.jensen_shannon_divergence.threshold
     assert bound == pytest.approx(max(1.5 * max(moved), 0.1), abs=0.01)
     assert 0.1 <= by_name["carrier"].drift_comparator.infinity_norm.threshold < 0.2
@@ -206,7 +206,7 @@ def test_the_rules_are_tfdvs_own() -> None:
     theirs = tensorflow_data_validation.validate_statistics(now, REVIEWED, previous_statistics=USUAL)
     assert validation_api.pywrap_tensorflow_data_validation is tfdv()  # one copy, whichever came first
     said = {(name, reason.short_description) for name, info in theirs.anomaly_info.items() for reason in info.reason}
-    assert {(each.feature, each.rule) for each in validate(now, REVIEWED, USUAL)} == said
+    assert {(each.feature, each.rule) for each in find_anomalies(now, REVIEWED, USUAL)} == said
 
 
 # A run as `features` does it: files, statistics, check, commit.

@@ -34,16 +34,16 @@ from transforms.features.kernel import KernelTables, compute
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import take_inventory
 from transforms.storage.delta_tables import DataFile, data_files, newest_version, open_table, write_files
-from transforms.verification.check import Amount, Verification, Verified
-from transforms.verification.plain_expressions import evaluate, stored
+from transforms.verification.check import SampleSize, Verification, Verified
+from transforms.verification.plain_expressions import as_stored, evaluate
 from transforms.verification.plain_features import recompute
-from transforms.verification.plain_sources import Files, Frames
-from transforms.verification.plain_statistics import quantile, statistic, variance, variances_allowed
-from transforms.verification.sample import choose, choose_files, lifetime_groups
+from transforms.verification.plain_sources import Files, SourceFrames
+from transforms.verification.plain_statistics import exact_variance, plain_statistic, quantile, variances_allowed
+from transforms.verification.sample import choose_files, choose_rows, lifetime_feature_names
 
 
-def in_memory(view: FeatureView, tables: Mapping[str, pl.DataFrame]) -> Frames:
-    return Frames({name: Contract(source, tuple(source.schema)) for name, source in view.sources.items()}, tables)
+def in_memory(view: FeatureView, tables: Mapping[str, pl.DataFrame]) -> SourceFrames:
+    return SourceFrames({name: Contract(source, tuple(source.schema)) for name, source in view.sources.items()}, tables)
 
 
 @given(spine=many_spine_rows, tables=histories)
@@ -155,7 +155,9 @@ def written(folder: Path, frames: Mapping[str, pl.DataFrame], group: int = 5) ->
     return folder
 
 
-def verification(view: FeatureView, root: Path, amount: Amount = Amount(None), run_id: str = "some") -> Verification:
+def verification(
+    view: FeatureView, root: Path, amount: SampleSize = SampleSize(None), run_id: str = "some"
+) -> Verification:
     inventory = take_inventory(view, str(root), time.time_ns() // 1000)
     return Verification(
         view, {view.spine.name: inventory.spine, **inventory.contracts}, inventory.slices, amount, run_id
@@ -214,7 +216,7 @@ def test_a_window_holds_more_rows_than_memory_and_is_verified_in_parts(tmp_path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transforms.verification.check.Files", lambda *args: Files(*args, most=10))
         assert (check.of_files(files).rows, check.of_files(files).differing) == (n, 0)
-        some = dataclasses.replace(check, amount=Amount(20)).of_files(files)
+        some = dataclasses.replace(check, amount=SampleSize(20)).of_files(files)
     assert 0 < some.rows < 20, "a sample is made smaller instead"
     assert some.differing == 0
 
@@ -291,7 +293,7 @@ def test_arithmetic_is_wide_and_all_else_reads_values_as_they_are() -> None:
 @given(arithmetic.TREES, st.lists(arithmetic.rows(), min_size=1, max_size=6))
 def test_integers_of_expressions_are_those_of_python(tree: arithmetic.Expr, some: list[arithmetic.Row]) -> None:
     frame = arithmetic.table(some)
-    assert stored(evaluate(tree.polars, frame), pl.Int64()).to_list() == [tree.python(row) for row in some]
+    assert as_stored(evaluate(tree.polars, frame), pl.Int64()).to_list() == [tree.python(row) for row in some]
 
 
 @settings(max_examples=100, deadline=None)
@@ -352,15 +354,15 @@ def test_an_expression_is_what_the_pipelines_make_of_it(expr: pl.Expr, some: lis
     )
     theirs = frame.select(in_64_bits(expr, frame.schema, rounded=True).expr.alias("x")).to_series()
     dtype = pl.Int64() if theirs.dtype.is_integer() else pl.Float32() if theirs.dtype.is_numeric() else theirs.dtype
-    assert stored(evaluate(expr, frame), dtype).to_list() == stored(theirs, dtype).to_list()
+    assert as_stored(evaluate(expr, frame), dtype).to_list() == as_stored(theirs, dtype).to_list()
 
 
 @given(st.lists(st.sampled_from([0.0, 0.1, 1e10, -1e-5, 3.25, 1e16]), min_size=1, max_size=9), st.integers(1, 99))
 def test_statistics_are_the_oracles(values: list[float], percent: int) -> None:
     for stat in ("sum", "mean", "min", "max", "median", "count", "n_unique", "first", "last", f"q{percent:02}"):
-        assert statistic(stat, values) == oracles.statistic(stat, values)
+        assert plain_statistic(stat, values) == oracles.statistic(stat, values)
     assert quantile(values, percent / 100) == np.quantile(values, percent / 100)
-    exact = variance(values)
+    exact = exact_variance(values)
     assert (exact is None) == (len(values) < 2)
     if exact is not None:
         low, high = variances_allowed(exact, "var")
@@ -370,7 +372,7 @@ def test_statistics_are_the_oracles(values: list[float], percent: int) -> None:
 
 def test_a_variance_that_floats_cancel_away_is_exact() -> None:
     stamps = [1.6e15 + i for i in range(90)]
-    assert variance(stamps) == variance([float(i) for i in range(90)]) == pytest.approx(682.5)
+    assert exact_variance(stamps) == exact_variance([float(i) for i in range(90)]) == pytest.approx(682.5)
 
 
 # Which rows.
@@ -401,11 +403,11 @@ def test_a_sample_is_decided_by_the_run_and_spread(tmp_path: Path) -> None:
     assert chosen[:2] == starts
     assert max(files, key=lambda file: file.date) in chosen
     assert len(set(chosen)) == 5
-    sample = choose(view, chosen, starts, 40, "one")
+    sample = choose_rows(view, chosen, starts, 40, "one")
     assert len(sample.rows) == sample.rows["row_id"].n_unique() == 40
     assert sample.rows["date"].n_unique() == 5
-    assert sample.rows.equals(choose(view, chosen, starts, 40, "one").rows)
-    assert not sample.rows.equals(choose(view, chosen, starts, 40, "two").rows)
+    assert sample.rows.equals(choose_rows(view, chosen, starts, 40, "one").rows)
+    assert not sample.rows.equals(choose_rows(view, chosen, starts, 40, "two").rows)
     first_and_last = sample.rows.group_by("date").agg(pl.col("id").min().alias("low"), pl.col("id").max().alias("high"))
     assert first_and_last.select(pl.col("low").max(), pl.col("high").min()).row(0) == (0, 29)
     assert sample.rows["sort_s"].is_not_null().mean() > 0.2, "rows with values are favoured"
@@ -413,7 +415,7 @@ def test_a_sample_is_decided_by_the_run_and_spread(tmp_path: Path) -> None:
 
 def test_each_lifetime_group_has_a_row_with_history(tmp_path: Path) -> None:
     view, files = a_table(tmp_path, [0, 1])
-    assert lifetime_groups(view) == [
+    assert lifetime_feature_names(view) == [
         [
             "sort_by_k_n_sum_all",
             "sort_by_k_n_last_all",
@@ -424,7 +426,7 @@ def test_each_lifetime_group_has_a_row_with_history(tmp_path: Path) -> None:
             "sort_n",
         ]
     ]
-    sample = choose(view, *choose_files(files, 1, "one"), 1, "one")
+    sample = choose_rows(view, *choose_files(files, 1, "one"), 1, "one")
     assert (len(sample.rows), sample.least) == (1, 1)
     assert sample.rows["sort_by_k_count_all"][0] == 1
 
@@ -435,15 +437,15 @@ def test_time_decides_how_many_rows_and_one_is_verified_always(tmp_path: Path) -
     files = published(view, compute(view, frames["visits"], KernelTables(frames)), tmp_path / "table")
     now = time.time_ns() // 1000
 
-    def verified(amount: Amount) -> Verified:
+    def verified(amount: SampleSize) -> Verified:
         return verification(view, tmp_path / "sources", amount).of_files(files)
 
-    assert verified(Amount(100, 0.25, now - 3_600_000_000)).rows == 100
-    assert verified(Amount(100, 0.25, now + 3_600_000_000)).rows == 1, "no time has passed at all"
-    assert verified(Amount(100)).rows == 100
-    assert verified(Amount(0)).rows == 0
-    assert verified(Amount(None)).rows == 200
-    assert all(verified(amount).differing == 0 for amount in (Amount(100, 0.01, now - 20_000_000), Amount(3)))
+    assert verified(SampleSize(100, 0.25, now - 3_600_000_000)).rows == 100
+    assert verified(SampleSize(100, 0.25, now + 3_600_000_000)).rows == 1, "no time has passed at all"
+    assert verified(SampleSize(100)).rows == 100
+    assert verified(SampleSize(0)).rows == 0
+    assert verified(SampleSize(None)).rows == 200
+    assert all(verified(amount).differing == 0 for amount in (SampleSize(100, 0.01, now - 20_000_000), SampleSize(3)))
 
 
 # Runs.

@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
-    from transforms.evaluation.evaluate import Evaluate, Report, as_json, carried
-    from transforms.evaluation.gates import BEATS, RATES, Rival, Verdict, fairness, may_know, paired, verdicts
+    from transforms.evaluation.evaluate import Evaluate, Report, metrics_record, tally_columns
+    from transforms.evaluation.gates import (
+        BEATS,
+        RATES,
+        Rival,
+        Verdict,
+        fairness_records,
+        may_know,
+        paired_differences,
+        verdicts,
+    )
     from transforms.evaluation.shap import Explain, Explanation
 
 import_when_used(__name__)

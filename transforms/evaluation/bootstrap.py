@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from transforms.evaluation.metrics import of_true_class
 from transforms.records.exact_sums import Floats
-from transforms.records.row_hashing import mix
+from transforms.records.row_hashing import mix_bits
 
 REPLICATES = 200
 # Fewest rows that get an interval: replicates of fewer hardly differ from the rows themselves.
@@ -30,8 +30,8 @@ LEVEL = 0.95
 _STEPS, _BOUND = 128, 16
 # Low bits of a float32 error that are ignored: 8 bits of the mantissa stay, so a bin is 0.4 % wide.
 _DROPPED = 15
-# Most classes whose AUCs have intervals, and their bins per unit of log odds.
-CLASSES = 20
+# The most classes for which AUCs have intervals, and their bins per unit of log odds.
+MOST_CLASSES = 20
 _COARSE = 16
 # A row of a multi-class model is in one bin of each kind; the bits from this one on number the kind.
 _KIND = 1 << 40
@@ -41,7 +41,7 @@ _CACHED = 1024
 HIDDEN = 0.02
 _EPSILON = float(np.finfo(np.float32).eps)
 
-Counts = npt.NDArray[np.int32]
+DrawCounts = npt.NDArray[np.int32]
 
 
 def _inverse() -> npt.NDArray[np.uint8]:
@@ -64,8 +64,8 @@ def weights(row_ids: npt.NDArray[np.int64], replicates: int = REPLICATES) -> npt
     with np.errstate(over="ignore"):
         steps = np.arange(1, words + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         for start in range(0, len(row_ids), _CACHED):
-            mixed = mix(row_ids[start : start + _CACHED].view(np.uint64))
-            hashed = mix((mixed[:, None] + steps).ravel()).reshape(len(mixed), words)
+            mixed = mix_bits(row_ids[start : start + _CACHED].view(np.uint64))
+            hashed = mix_bits((mixed[:, None] + steps).ravel()).reshape(len(mixed), words)
             np.take(_POISSON, hashed.view(np.uint16), out=result[start : start + _CACHED], mode="clip")
     return result[:, :replicates]
 
@@ -81,7 +81,7 @@ class ReplicateBins:
     """
 
     keys: npt.NDArray[np.int64]
-    counts: Counts
+    counts: DrawCounts
     plain: npt.NDArray[np.int64]
 
     def __add__(self, other: ReplicateBins) -> ReplicateBins:
@@ -137,7 +137,7 @@ def keys_of(objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> n
     if objective == "multi:softprob":
         true, chosen = label.astype(np.int64), scores.argmax(axis=1)
         kinds = [_odds(of_true_class(label, scores)) * 2 + (chosen == true), _KIND + (true << 16) + chosen]
-        if scores.shape[1] <= CLASSES:
+        if scores.shape[1] <= MOST_CLASSES:
             step = _STEPS // _COARSE
             kinds += [(2 + k) * _KIND + _odds(scores[:, k]) // step * 2 + (true == k) for k in range(scores.shape[1])]
         return np.stack(kinds)
@@ -206,9 +206,7 @@ def _multiple(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> dic
         if mine.any():
             of_class["auc"] = _area(inner[mine], counts[mine])
         elif (kind > 1).any():
-            of_class["auc"] = np.where(
-                occurs > 0, 0.5, np.nan
-            )  # the model does not know the class, and ranks it by chance
+            of_class["auc"] = np.where(occurs > 0, 0.5, np.nan)  # the model has no such class, and ranks it at random
         for name, values in of_class.items():
             found[name].append(values)
             result[f"{name} of class {k}"] = values
@@ -279,7 +277,7 @@ class Replicates:
 
     def interval(self, name: str) -> tuple[float, float] | None:
         """The interval of one metric; None if it is undefined."""
-        return interval(self.values[name]) if name in self.values else None
+        return percentile_interval(self.values[name]) if name in self.values else None
 
 
 def replicates(
@@ -311,13 +309,13 @@ def _centred(found: Mapping[str, Floats], exact: Mapping[str, float | None]) -> 
         if (value := exact.get(name)) is None:
             continue
         offset = value - drawn[-1]
-        # Bins that are too coarse for a metric, as for probabilities beyond the last bin, do not show its spread.
+        # Bins that are too coarse for a metric, such as probabilities beyond the last bin, do not show its spread.
         hidden = not abs(offset) <= HIDDEN * max(1.0, abs(value))
         values[name] = np.full(len(drawn) - 1, np.nan) if hidden else drawn[:-1] + offset
     return Replicates(values)
 
 
-def interval(values: Floats) -> tuple[float, float] | None:
+def percentile_interval(values: Floats) -> tuple[float, float] | None:
     """The central 95 % of replicates; None if the metric is undefined in more than half of them."""
     defined = values[np.isfinite(values)]
     if 2 * len(defined) < len(values) or not len(defined):

@@ -21,8 +21,8 @@ from transforms.evaluation.bootstrap import (
     ReplicateBins,
     Replicates,
     error_quantiles,
-    interval,
     keys_of,
+    percentile_interval,
     rate_replicates,
     replicate_bins,
     replicates,
@@ -38,9 +38,9 @@ from transforms.records.record_batches import frame
 Key = tuple[tuple[str, str | None], ...]
 Interval = tuple[float, float]
 Intervals = Mapping[str, Interval | None]
-# Most classes whose confusion matrix is reported, and the reported quantiles of the absolute error.
+# The most classes for which a confusion matrix is reported, and the reported quantiles of the absolute error.
 MATRIX, ERRORS = 50, (0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
-# Metrics of each class that have intervals.
+# The metrics of each class that have intervals.
 OF_CLASS: tuple[Literal["auc", "precision", "recall"], ...] = ("auc", "precision", "recall")
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
@@ -112,7 +112,7 @@ class EvaluationSlice:
         return ", ".join(f"{column}={'null' if value is None else value}" for column, value in self.by)
 
 
-def carried(gates: Gates) -> tuple[str, ...]:
+def tally_columns(gates: Gates) -> tuple[str, ...]:
     """Columns of the examples that `tally` needs besides the scores."""
     return tuple(dict.fromkeys([*(name for group in gates.slices for name in _group(group)), LABEL]))
 
@@ -122,10 +122,10 @@ def _group(group: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def tally(scored: pa.RecordBatch, objective: str, slices: Iterable[str | tuple[str, ...]] = ()) -> Tallies:
-    """What `scored` adds to the metrics of the whole and of each slice.
+    """The tally of `scored`, for the whole split and for each slice.
 
     Args:
-        scored: what `Score` makes of examples when it carries the columns named by `carried`.
+        scored: the output of `Score` for examples, with the columns named by `tally_columns`.
     """
     rows = frame(scored)
     label = rows[carried_name(LABEL)].cast(pl.Float64).to_numpy()
@@ -212,7 +212,7 @@ def _intervals(drawn: Replicates | None) -> dict[str, Interval | None]:
     return (
         {}
         if drawn is None
-        else {name: interval(values) for name, values in drawn.values.items() if " of class " not in name}
+        else {name: percentile_interval(values) for name, values in drawn.values.items() if " of class " not in name}
     )
 
 
@@ -223,7 +223,7 @@ def _slice(objective: str, key: Key, part: GroupTally, whole: Replicates | None,
         for name, values in drawn.values.items():
             if name in whole.values and " of class " not in name:
                 gap = whole.values[name] - values
-                gaps[name] = interval(gap if name in RISING else -gap)
+                gaps[name] = percentile_interval(gap if name in RISING else -gap)
     bins = part.tally.bins
     rates = measures.confusion(bins, threshold) if bins else {}
     return EvaluationSlice(
@@ -307,8 +307,8 @@ class Evaluate(beam.PTransform):
         return scored | "Tally" >> beam.CombineGlobally(tallying)
 
 
-def as_json(report: Report) -> MetricsRecord:
-    """The report as JSON values, as `training.json` has them."""
+def metrics_record(report: Report) -> MetricsRecord:
+    """The report as JSON values, as in `training.json`."""
     return {
         "rows": report.rows,
         "metrics": dict(report.metrics),

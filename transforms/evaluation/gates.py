@@ -10,7 +10,7 @@ from typing import cast
 from schemas import Gates
 from schemas.models import RISING
 from schemas.splits import Split
-from transforms.evaluation.bootstrap import LEAST_ROWS, interval
+from transforms.evaluation.bootstrap import LEAST_ROWS, percentile_interval
 from transforms.evaluation.evaluate import EvaluationSlice, Report
 from transforms.models.stored_records import FairnessRecord, GateRecord, GroupRates, ModelManifest, RateName
 
@@ -51,7 +51,7 @@ class Rival:
         version: its version; None if there is no champion.
         report: its report on the same test rows; None if it could not score them.
         reason: why it could not.
-        caveats: of the comparison: why it may have learnt from these rows, which features it read.
+        caveats: notes on the comparison: why it may have learnt from these rows, and which features it read.
     """
 
     version: str | None = None
@@ -85,7 +85,7 @@ def verdicts(gates: Gates, report: Report, metric: str = "", rival: Rival | None
     result = [_floor(name, bound, report) for name, bound in gates.at_least.items()]
     for name, bound in gates.max_gap.items():
         result += [_gap(name, bound, report, each, gates.min_slice_rows) for each in report.slices]
-    for found in fairness(gates, report):
+    for found in fairness_records(gates, report):
         for name, bound in gates.max_difference.items():
             result.append(_difference(name, bound, found))
     return result if rival is None else [*result, _challenge(metric, gates.margin, report, rival)]
@@ -117,7 +117,7 @@ def _gap(metric: str, bound: float, report: Report, part: EvaluationSlice, least
     return Verdict(gate, (gap if span is None else min(gap, span[0])) <= bound, reason)
 
 
-def fairness(gates: Gates, report: Report) -> list[FairnessRecord]:
+def fairness_records(gates: Gates, report: Report) -> list[FairnessRecord]:
     """For each protected column, rates by group, and each measure's greatest difference.
 
     A difference is over the groups that have enough rows, and None if fewer than two have.
@@ -181,7 +181,7 @@ def _challenge(metric: str, margin: float, report: Report, rival: Rival) -> Verd
     least = better
     if report.replicates is not None and rival.report.replicates is not None:
         paired = sign * (report.replicates.values[metric] - rival.report.replicates.values[metric])
-        if (span := interval(paired)) is not None:
+        if (span := percentile_interval(paired)) is not None:
             reason, least = f"{reason} {_span(span)}", min(better, span[0])
     if rival.caveats:
         reason += f"; {rival.caveats}"
@@ -192,7 +192,7 @@ def _not_judged(gate: str, rival: Rival, reason: str) -> Verdict:
     return Verdict(gate, False, f"not judged, so version {rival.version} stays champion: {reason}", judged=False)
 
 
-def paired(report: Report, other: Report) -> dict[str, tuple[float, tuple[float, float] | None]]:
+def paired_differences(report: Report, other: Report) -> dict[str, tuple[float, tuple[float, float] | None]]:
     """Each metric's difference to `other`'s on the same rows, with a 95 % interval from the paired replicates."""
     result = {}
     for name, value in report.metrics.items():
@@ -206,7 +206,7 @@ def paired(report: Report, other: Report) -> dict[str, tuple[float, tuple[float,
             and name in report.replicates.values
             and name in other.replicates.values
         ):
-            span = interval(report.replicates.values[name] - other.replicates.values[name])
+            span = percentile_interval(report.replicates.values[name] - other.replicates.values[name])
         result[name] = (value - theirs, span)
     return result
 

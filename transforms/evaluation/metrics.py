@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from schemas.models import METRICS_OF
 from transforms.models.stored_records import ClassMetrics, CurvePoints
-from transforms.records.exact_sums import Bins, Floats, exact_sum, ratio
+from transforms.records.exact_sums import Bins, Floats, as_fraction, exact_sum
 
 SCORE_BINS = 1 << 18
 # scikit-learn clips float32 probabilities by this before it takes logarithms.
@@ -83,7 +83,7 @@ class MetricTally:
         return MetricTally(self.rows + other.rows, sums, bins, classes, tuple(sorted(pairs.items())))
 
     def mean(self, name: str) -> float:
-        return float(ratio(dict(self.sums)[name]) / self.rows)
+        return float(as_fraction(dict(self.sums)[name]) / self.rows)
 
 
 def metrics(objective: str, tally: MetricTally, threshold: float = 0.5) -> dict[str, float | None]:
@@ -114,7 +114,7 @@ def metrics(objective: str, tally: MetricTally, threshold: float = 0.5) -> dict[
 
 
 def of_true_class(label: Floats, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Each row's probability of its true class, which is 0 for a class that the model does not know."""
+    """Each row's probability of its true class, which is 0 for a class that the model does not have."""
     true = label.astype(np.int64)
     known = true < scores.shape[1]
     found: npt.NDArray[np.float32] = scores[np.arange(len(true)), np.where(known, true, 0)]
@@ -134,7 +134,7 @@ def per_class(tally: MetricTally) -> list[ClassMetrics]:
         hits[is_] += rows if is_ == taken else 0
     result: list[ClassMetrics] = []
     for k in range(max(len(tally.classes), max(true, default=-1) + 1)):
-        # A class that the model does not know is ranked by chance.
+        # A class that the model does not have is ranked at random.
         ranked = auc(tally.classes[k]) if k < len(tally.classes) else 0.5
         precision = hits[k] / chosen[k] if chosen[k] else 0.0 if true[k] else None
         result.append(
@@ -185,7 +185,7 @@ def calibration(bins: Bins, buckets: int = 10) -> list[tuple[int, float, float]]
 
 
 def calibration_error(bins: Bins) -> float:
-    """Mean distance of score and share of positives over ten bins, weighted by rows (Naeini et al. 2015)."""
+    """Mean distance between score and share of positives over ten bins, weighted by rows (Naeini et al. 2015)."""
     rows = int(bins.counts[:, 0].sum())
     return sum(count * abs(share - score) for count, score, share in calibration(bins)) / rows if rows else 0.0
 
@@ -207,7 +207,8 @@ def curves(bins: Bins, points: int = 200) -> CurvePoints:
 
 
 def auc(bins: Bins) -> float | None:
-    """Area under the ROC curve: the share of pairs ranked rightly, ties counted half (Mann and Whitney 1947)."""
+    """Area under the ROC curve: the share of pairs that are ranked correctly, ties counted half (Mann and Whitney
+    1947)."""
     positive, negative, pairs = _ranked(bins)
     if not pairs:
         return None
@@ -254,5 +255,5 @@ def _summed(sums: Mapping[str, npt.ArrayLike]) -> tuple[tuple[str, int], ...]:
     return tuple((name, exact_sum(np.asarray(values, np.float64))) for name, values in sums.items())
 
 
-def total(tallies: Iterable[MetricTally]) -> MetricTally:
+def total_tally(tallies: Iterable[MetricTally]) -> MetricTally:
     return functools.reduce(MetricTally.__add__, tallies, MetricTally())

@@ -14,15 +14,15 @@ import pyarrow as pa
 
 from schemas import Model
 from schemas.splits import LABEL
-from transforms.models.encoders import column_of, numbers, texts
-from transforms.models.scoring import Pinned, Scorer, open_scorer, score
+from transforms.models.encoders import as_categories, as_doubles, input_column
+from transforms.models.scoring import PinnedModel, Scorer, open_scorer, score
 from transforms.models.stored_records import InputPoints, InputShare, RequestExample
-from transforms.records.row_hashing import mix
+from transforms.records.row_hashing import mix_bits
 
-# Most rows sampled, and the work that bounds how many are explained: a row costs leaves × depth².
+# The most rows that are sampled, and the work that limits how many of them are explained: a row costs leaves × depth².
 SAMPLE_ROWS = 2000
 WORK = 400_000_000
-# At least so many rows are explained, whatever they cost: fewer make no useful chart.
+# At least so many rows are explained, whatever the cost: fewer do not make a useful chart.
 LEAST = 200
 # Inputs whose contributions are stored row by row.
 SHOWN = 12
@@ -44,7 +44,7 @@ class Explanation:
             of a multi-class model, over classes): `input`, `mean_abs` and, of a multi-class model, `by_class`.
         points: the first inputs' `input`, `values`, `contributions` and `class` (None of one score), row by row.
         scores, labels: scores and labels of all sampled rows; empty for a multi-class model.
-        example: raw rows as a request has them (`columns`, `data`).
+        example: raw rows in the form of a request (`columns`, `data`).
         reason: why no rows are explained.
     """
 
@@ -88,7 +88,7 @@ class ExplainedSample(beam.CombineFn):
 
 def _hashes(batch: pa.RecordBatch) -> npt.NDArray[np.uint64]:
     ids = batch.column(batch.schema.get_field_index("row_id")).to_numpy(zero_copy_only=False)
-    return mix(ids.view(np.uint64))
+    return mix_bits(ids.view(np.uint64))
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
@@ -102,7 +102,7 @@ class Explain(beam.PTransform):
     """
 
     model: Model
-    bundle: Pinned
+    bundle: PinnedModel
     threads: int = 0
 
     def expand(self, rows: beam.PCollection) -> beam.PCollection:
@@ -110,7 +110,7 @@ class Explain(beam.PTransform):
         return sampled | "Contributions" >> beam.Map(explain, self.bundle, self.model.objective, self.threads)
 
 
-def explain(sample: pa.RecordBatch | None, bundle: Pinned, objective: str, threads: int = 0) -> Explanation:
+def explain(sample: pa.RecordBatch | None, bundle: PinnedModel, objective: str, threads: int = 0) -> Explanation:
     """Explain as many rows of `sample` as `WORK` allows."""
     import xgboost
 
@@ -156,7 +156,7 @@ def _points(
     encoding = scorer.bundle.encoders.encodings[i]
     return {
         "input": encoding.input,
-        "values": _raw(column_of(rows, encoding), encoding.encoder is not None),
+        "values": _raw(input_column(rows, encoding), encoding.encoder is not None),
         "contributions": [float(f"{value:.5g}") for value in moved[:, chosen].tolist()],
         "class": chosen if len(means) > 1 else None,
     }
@@ -201,14 +201,14 @@ def _raw(column: pa.Array, encoded: bool) -> list[float | str | None]:
         whole: list[float | str | None] = column.to_pylist()
         return whole
     if pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-        return [None if np.isnan(value) else float(f"{value:.6g}") for value in numbers(column).tolist()]
-    shown: list[float | str | None] = (texts(column) if encoded else column.cast(pa.string())).to_pylist()
+        return [None if np.isnan(value) else float(f"{value:.6g}") for value in as_doubles(column).tolist()]
+    shown: list[float | str | None] = (as_categories(column) if encoded else column.cast(pa.string())).to_pylist()
     return shown
 
 
 def _example(scorer: Scorer, rows: pa.RecordBatch) -> RequestExample:
     """Inputs of `rows` in MLflow's format `dataframe_split`."""
-    columns = [column_of(rows, each) for each in scorer.bundle.encoders.encodings]
+    columns = [input_column(rows, each) for each in scorer.bundle.encoders.encodings]
     return {"columns": list(scorer.bundle.encoders.inputs), "data": _records(columns)}
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
-    from transforms.features.block_inputs import contradictions, dimension_rows, distinct, joined
-    from transforms.features.column_reuse import Copies, reading
+    from transforms.features.block_inputs import concat_reads, contradictions, dimension_rows, distinct_by_key
+    from transforms.features.column_reuse import Copies, reading_features
     from transforms.features.history_snapshots import HistorySnapshots
     from transforms.features.kernel import (
         KernelTables,
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
         computing,
         feature_columns,
         kernel_pool,
-        looked_up,
+        lookup_columns,
         with_derived,
     )
     from transforms.features.lifetime_snapshots import Chain, SnapshotSegment
-    from transforms.features.lifetime_summaries import Summary, merge, summarise
+    from transforms.features.lifetime_summaries import Summary, merge_summaries, summarise
     from transforms.features.long_windows import LONG, firsts_and_lasts
-    from transforms.features.manifest import VERSION, Manifest
+    from transforms.features.manifest import MANIFEST_VERSION, Manifest
     from transforms.features.manifest_store import WriteManifest, read_manifest, warn_of_outdated
+    from transforms.features.packed_events import SMALL, DistinctKeys, IndexedRows, Keys, PackedEvents
     from transforms.features.plan import (
         BLOCK_ROWS,
         BROADCAST_BYTES,
@@ -37,11 +38,11 @@ if TYPE_CHECKING:
         Block,
         FeaturePlan,
         amplification,
-        reached,
+        events_reached,
     )
     from transforms.features.preparation import FeaturesRequest, PreparedRun, prepare_features
     from transforms.features.source_digests import DIGESTED, REPEATS
     from transforms.features.trailing_features import TrailingFeatures
-    from transforms.features.window_bounds import rising
+    from transforms.features.window_bounds import is_sorted
 
 import_when_used(__name__)

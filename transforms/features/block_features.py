@@ -27,7 +27,7 @@ class BlockTables:
 
     Args:
         tables: the rows in memory.
-        plan: names the dimensions that are read when they are looked up.
+        plan: lists the dimensions whose rows are read when they are looked up.
         on_disk: the block's events, if they do not fit in memory; `tables` then has none.
     """
 
@@ -56,8 +56,8 @@ def compute_features(
 ) -> pa.RecordBatch:
     """Computes the features of a block's spine rows, as `kernel.compute` does, except the columns of `copies`.
 
-    The columns of `copies` are read from the older table. They are computed if a file of that table is gone, or if it
-    has other rows.
+    The columns of `copies` are read from the older table. They are computed if a file of that table is gone, or has
+    other rows.
     """
     if copies is None or not len(spine):
         return features_batch(view, compute_stages(view, spine, inputs))

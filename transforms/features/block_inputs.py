@@ -1,4 +1,4 @@
-"""A block's inputs: spine rows, the events they can see, and dimensions; with the tallies of all rows."""
+"""A block's inputs: spine rows, the events that they can see, and dimensions; with the tallies of all rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from schemas.features import Lookup
 from schemas.views import FeatureView
 from transforms.features.plan import Block, FeaturePlan
 from transforms.sources.contracts import Contract
-from transforms.sources.day_digests import add
+from transforms.sources.day_digests import add_digests
 from transforms.sources.dead_letters import concat_dead_letters
-from transforms.sources.reader import Read, ReadOptions, locate, read_slices, stream_slices, without_repeats
+from transforms.sources.reader import ReadOptions, SourceRows, locate_rows, read_slices, stream_slices, without_repeats
 from transforms.sources.slices import Slice
 from transforms.sources.tallies import AS_EVENTS, SourceTally
 
@@ -32,23 +32,25 @@ class BlockInput:
 
 def read_spine(view: FeatureView, plan: FeaturePlan, block: Block) -> BlockInput:
     """The block's spine rows without repeats, sorted by time and key."""
-    # A spine that is a source of events too is digested as that, once.
+    # A spine that is also a source of events is digested once, as a source of events.
     span = None if view.spine.name in view.events else block.spans.get(view.spine.name)
     reads = stream_slices(plan.spine, block.spine, ReadOptions(block.start, block.end, own=block.own, span=span))
-    return deduplicate_spine(view, plan, block, joined(reads))
+    return deduplicate_spine(view, plan, block, concat_reads(reads))
 
 
-def joined(reads: Iterable[Read]) -> Read:
+def concat_reads(reads: Iterable[SourceRows]) -> SourceRows:
     """Concatenates the pieces of a source."""
     reads = list(reads)
     dead_letters = concat_dead_letters([each.dead_letters for each in reads])
-    return Read(pl.concat([each.frame for each in reads]), dead_letters, add([each.digests for each in reads]))
+    return SourceRows(
+        pl.concat([each.frame for each in reads]), dead_letters, add_digests([each.digests for each in reads])
+    )
 
 
-def deduplicate_spine(view: FeatureView, plan: FeaturePlan, block: Block, read: Read) -> BlockInput:
+def deduplicate_spine(view: FeatureView, plan: FeaturePlan, block: Block, read: SourceRows) -> BlockInput:
     """The spine rows in `read` without repeats. Contradictory rows become dead letters."""
-    spine, conflicts = distinct(read.frame, (view.time, *view.key))
-    conflicting = locate(plan.spine, block.spine, conflicts, view.key, ONE_SPINE_ROW)
+    spine, conflicts = distinct_by_key(read.frame, (view.time, *view.key))
+    conflicting = locate_rows(plan.spine, block.spine, conflicts, view.key, ONE_SPINE_ROW)
     dead_letters = concat_dead_letters([read.dead_letters, conflicting])
     total = len(read.frame) + len(read.dead_letters)
     tally = SourceTally(
@@ -72,7 +74,7 @@ def read_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -
 
 
 def reads_alike(view: FeatureView, plan: FeaturePlan, block: Block) -> bool:
-    """Whether the spine is a source of events too, and the block reads the same slices of it as both."""
+    """Whether the spine is also a source of events, and the block reads the same slices of it for both."""
     name = view.spine.name
     return plan.contracts.get(name) is plan.spine and set(block.events[name]) == set(block.spine)
 
@@ -83,15 +85,15 @@ def read_spine_and_events(view: FeatureView, plan: FeaturePlan, block: Block) ->
     options = dataclasses.replace(_within_reach(view, plan, block, name), own=None)
     read = read_slices(plan.spine, block.spine, options)
     moment = pl.col(view.time).to_physical()
-    spine = Read(
+    spine = SourceRows(
         read.frame.filter((moment >= block.start) & (moment < block.end)),
         read.dead_letters.filter(pl.col("time").is_between(*block.own, closed="left")),
     )
-    events = Read(read.frame, read.dead_letters.clear(), read.digests)
+    events = SourceRows(read.frame, read.dead_letters.clear(), read.digests)
     return deduplicate_spine(view, plan, block, spine), deduplicate_events(view, plan, block, name, events)
 
 
-def stream_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -> Iterator[Read]:
+def stream_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -> Iterator[SourceRows]:
     """Like `read_events`, but in chunks and with repeats."""
     return stream_slices(plan.contracts[name], block.events[name], _within_reach(view, plan, block, name))
 
@@ -105,11 +107,11 @@ def _within_reach(view: FeatureView, plan: FeaturePlan, block: Block, name: str)
     return ReadOptions(low, block.end, own=own, span=span)
 
 
-def deduplicate_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str, read: Read) -> BlockInput:
+def deduplicate_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str, read: SourceRows) -> BlockInput:
     """The events in `read` without repeats, and the tally of those that the block owns."""
     contract = plan.contracts[name]
-    if contract is plan.spine:  # a key has one spine row at a time
-        kept, _ = distinct(read.frame, (view.time, *view.key))
+    if contract is plan.spine:  # a key has at most one spine row at any time
+        kept, _ = distinct_by_key(read.frame, (view.time, *view.key))
     else:
         kept = without_repeats(contract.source, read.frame, plan.repeats.get(name))
     moment = pl.col(str(contract.source.time)).to_physical()
@@ -175,7 +177,7 @@ def contradictions(
             key = tuple(column for _, column in feature.keys)
             conflicts = losing(frame, key)
             refused.append(conflicts)
-            dead_letters.append(locate(contract, slices, conflicts, key, ONE_ROW))
+            dead_letters.append(locate_rows(contract, slices, conflicts, key, ONE_ROW))
     return dead_letters, len(pl.concat(refused).unique())
 
 
@@ -184,7 +186,7 @@ def tally_dimension(
 ) -> tuple[pl.DataFrame, SourceTally]:
     """A dimension's dead letters, without a time, and the tally of its `total` rows.
 
-    Every run reads all of a dimension, so a dead letter dated by the run would be there once per run.
+    Every run reads all of a dimension, so dead letters dated by the run would be repeated by each run.
     """
     dead = (
         concat_dead_letters(dead_letters)
@@ -194,7 +196,7 @@ def tally_dimension(
     return dead, SourceTally(name, total, used, 0, total - used - len(dead), len(dead))
 
 
-def distinct(frame: pl.DataFrame, by: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
+def distinct_by_key(frame: pl.DataFrame, by: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Returns one row per value of `by`, sorted by it, and the rows that contradict them.
 
     Identical rows count once. Of different rows the smallest by all columns is kept.

@@ -1,10 +1,10 @@
 """Dead letters of days that a run does not compute.
 
 A block emits the dead letters of the rows that it owns, by day. Other rows belong to no day that a run computes: those
-of dimensions, those without a plausible time, and events of days without spine rows. Their dead letters are followed by
-file. Those of files that are as they were stay, those of files that have changed are found again, and those of files
-that are gone are dropped. The table holds after each run what the first run of a new store would have written: the dead
-letters of every row group that has a row which some window can see, or a row without a plausible time.
+of dimensions, those without a plausible time, and events of days without spine rows. Their dead letters are tracked by
+file. Those of unchanged files stay, those of changed files are found again, and those of files that are gone are
+dropped. After each run, the table has what the first run of a new store would have written: the dead letters of every
+row group that has a row which some window can see, or a row without a plausible time.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ import pyarrow as pa
 
 from schemas.durations import DAY
 from schemas.views import FeatureView
-from transforms.features.block_inputs import ONE_SPINE_ROW, distinct, joined, read_dimension
+from transforms.features.block_inputs import ONE_SPINE_ROW, concat_reads, distinct_by_key, read_dimension
 from transforms.features.manifest import Manifest
-from transforms.features.plan import FeaturePlan, size, within_sight
+from transforms.features.plan import FeaturePlan, memory_bytes, within_sight
 from transforms.features.routed_dimensions import account
 from transforms.features.source_digests import Current
 from transforms.records.record_batches import batch
 from transforms.records.times import as_date, days_within, midnight
 from transforms.sources.dead_letters import DEAD_LETTERS, UNDATED, concat_dead_letters, dated_dead_letters
 from transforms.sources.inventory import Inventory
-from transforms.sources.reader import ReadOptions, locate, stream_slices
+from transforms.sources.reader import ReadOptions, locate_rows, stream_slices
 from transforms.sources.slices import Slice
 from transforms.storage.delta_tables import data_files, open_table, read_group
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CarriedDeadLetters:
-    """Dead letters that a run commits beside those of its own days.
+    """Dead letters that a run commits besides those of its own days.
 
     Args:
         rows: with the columns of `DEAD_LETTERS`.
         dates: dates outside the run's days whose dead letters are replaced.
-        version: of the table of dead letters that they were taken from; None: there is no table.
+        version: version of the table of dead letters from which they were taken; None: there is no table.
     """
 
     rows: pl.DataFrame = dataclasses.field(default_factory=lambda: _table([]))
@@ -74,7 +74,8 @@ class Carrying:
         }
 
     def visible(self, days: Collection[int]) -> dict[str, set[Slice]]:
-        """By time source the row groups that windows of spine rows on `days` see, or that have no plausible time."""
+        """For each source with times, the row groups that windows of spine rows on `days` see, or that have no
+        plausible time."""
         spine, view = self.inventory.slices[self.view.spine.name], self.view
         start, end = (midnight(min(days)), midnight(max(days) + 1)) if days else (0, 0)
         found = {name: {*within_sight(view, self.inventory, name, start, end)} for name in view.events}
@@ -114,7 +115,7 @@ def carry(
     """Decides which dead letters outside the `[start, end)` ranges (µs) stay, are dropped or are new.
 
     Args:
-        dimensions: dead letters of all dimensions; None: the run emits them (with ranges), or they are as they were.
+        dimensions: dead letters of all dimensions; None: the run emits them (if it has ranges), or they are unchanged.
     """
     view = state.view
     table = open_table(state.uri)
@@ -134,7 +135,7 @@ def carry(
     appeared = _dead_letters_of(state, before, after, changed)
     conflicts = _conflicts(state, dropped, changed)
     fresh = dated_dead_letters(view, [state.current.dead_letters, *appeared, conflicts])
-    # Earlier versions dated a dimension's dead letters by the run, one for each.
+    # Earlier versions dated the dead letters of dimensions by the run, and repeated them for each run.
     kept = outside.filter(stays).with_columns(
         pl.when(of_dimensions).then(pl.lit(UNDATED)).otherwise("date").alias("date")
     )
@@ -149,18 +150,17 @@ def carry(
 
 
 def _conflicts(state: Carrying, dropped: pl.DataFrame, changed: Sequence[str]) -> pl.DataFrame:
-    """Contradictory spine rows in `changed` files, on the days of which there were some: found by reading these
-    days."""
+    """Contradictory spine rows in `changed` files. They are found by reading the days that had some."""
     view, spine = state.view, state.inventory.spine
     slices = state.inventory.slices[view.spine.name]
     parts = []
     for (day,) in dropped.filter(pl.col("rule") == ONE_SPINE_ROW).select("date").unique().iter_rows():
         low, high = midnight(day), midnight(day) + DAY
         near = [each for each in slices if each.low < high and each.high >= low]
-        _, conflicts = distinct(
-            joined(stream_slices(spine, near, ReadOptions(low, high))).frame, (view.time, *view.key)
+        _, conflicts = distinct_by_key(
+            concat_reads(stream_slices(spine, near, ReadOptions(low, high))).frame, (view.time, *view.key)
         )
-        parts.append(locate(spine, near, conflicts, view.key, ONE_SPINE_ROW))
+        parts.append(locate_rows(spine, near, conflicts, view.key, ONE_SPINE_ROW))
     return concat_dead_letters(parts).filter(pl.col("file").is_in(list(changed)))
 
 
@@ -189,6 +189,6 @@ def read_dimensions(view: FeatureView, inventory: Inventory, broadcast_bytes: fl
     plan = FeaturePlan((), (), (0, 0), (), slices, {}, inventory.contracts, inventory.spine)
     parts = []
     for name in view.dimensions:
-        large = size(inventory.contracts[name], slices[name]) > broadcast_bytes
+        large = memory_bytes(inventory.contracts[name], slices[name]) > broadcast_bytes
         parts.append((account if large else read_dimension)(view, plan, name).dead_letters)
     return dated_dead_letters(view, parts)

@@ -3,7 +3,7 @@
 A column is copied for a day only if all of the following holds. Digests prove it, never timestamps.
 
 - The feature has the same meaning (`FeatureView.meanings`: expressions, windows, types, kernel), and so does the spine.
-- The day was computed from the rows that the older table's manifest has digests of.
+- The day was computed from the rows whose digests are in the older table's manifest.
 - Of each source that the feature needs, directly or through other features, every day within reach still has those
   rows, and the contract accepts the same rows as before. The content of each dimension is unchanged.
 
@@ -29,28 +29,28 @@ from schemas.feature_groups import column_names
 from schemas.features import ORDERED, Derived, Trailing, is_lifetime
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.features.manifest import VERSION, Manifest, SourceDescription, ViewDescription, read_anew
+from transforms.features.manifest import MANIFEST_VERSION, Manifest, SourceDescription, ViewDescription, read_anew
 from transforms.features.source_digests import Current, digests_now, digests_within, dimensions_digest, reaches
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import as_date, as_number
 from transforms.sources.contracts import Contract
-from transforms.sources.conversions import holds, problem_free
+from transforms.sources.conversions import problem_free, type_holds
 from transforms.sources.data_files import open_file, open_parquet
 from transforms.sources.day_digests import Digests
 from transforms.sources.formats import is_text
 from transforms.sources.inventory import Inventory
-from transforms.sources.reader import Repeats, read_raw
+from transforms.sources.reader import RepeatedKeys, read_raw
 from transforms.sources.slices import Slice
 from transforms.storage.delta_tables import DataFile, read_file
 
 log = logging.getLogger("millrace.features")
 
 CANDIDATES = 3
-# What a float column must stay below to break no contract.
+# A float column satisfies every contract if its values stay below this.
 _LARGEST = 3.4e38
 
 
-def describe(view: FeatureView) -> ViewDescription:
+def describe_view(view: FeatureView) -> ViewDescription:
     """Describes the view so that later views can be compared with it. The result is stored in manifests."""
     described = {
         "spine": {"key": view.key, **_rules(view.spine, view.spine.schema)},
@@ -67,7 +67,7 @@ def describe(view: FeatureView) -> ViewDescription:
 
 
 def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ()) -> dict[str, object]:
-    """Describes what decides which rows of a source count.
+    """Describes everything that decides which rows of a source count.
 
     Args:
         columns: all columns that are read. The contract checks those that are not in `ordering`.
@@ -87,7 +87,7 @@ def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ())
 
 def description_after(view: FeatureView, before: Manifest) -> ViewDescription:
     """Describes the view for a manifest that follows `before`; empty, so that nothing is copied, if they differ."""
-    described = describe(view)
+    described = describe_view(view)
     return described if not before.dates or before.about == described else {}
 
 
@@ -127,14 +127,15 @@ class Copies:
 def find_copies(
     view: FeatureView, inventory: Inventory, current: Current, tables: Iterable[OlderTable], days: Sequence[int]
 ) -> Copies | None:
-    """Returns the copies from the one of `tables` that gives the most columns for `days`; None if none gives any.
+    """Returns the copies from the table among `tables` that gives the most columns for `days`; None if no table gives
+    any.
 
-    Of tables that give the same number, the first is used.
+    If several tables give the same number, the first is used.
 
     Raises:
         ContractError: a changed source cannot be read.
     """
-    described = describe(view)
+    described = describe_view(view)
     known = [each for each in tables if each.manifest.about and each.manifest.about["spine"] == described["spine"]]
     known.sort(key=lambda each: -len(_same(view, each.manifest)))
     found = [_copies(view, inventory, current, each, days) for each in known[:CANDIDATES] if _same(view, each.manifest)]
@@ -145,10 +146,10 @@ def find_copies(
 def _same(view: FeatureView, manifest: Manifest) -> list[str]:
     """Names of the features that have the same meaning in the older table and are worth copying."""
     before = manifest.about["meanings"]
-    return [name for name in reading(view) if before.get(name) == view.meanings[name]]
+    return [name for name in reading_features(view) if before.get(name) == view.meanings[name]]
 
 
-def reading(view: FeatureView) -> list[str]:
+def reading_features(view: FeatureView) -> list[str]:
     """Names of the features that read rows other than their own."""
     return [name for feature in view.features if not isinstance(feature, Derived) for name in column_names(feature)]
 
@@ -156,8 +157,8 @@ def reading(view: FeatureView) -> list[str]:
 def _copies(
     view: FeatureView, inventory: Inventory, current: Current, older: OlderTable, days: Sequence[int]
 ) -> Copies:
-    manifest, spine, needs, same = older.manifest, view.spine.name, needed(view), _same(view, older.manifest)
-    if manifest.version < VERSION:
+    manifest, spine, needs, same = older.manifest, view.spine.name, sources_needed(view), _same(view, older.manifest)
+    if manifest.version < MANIFEST_VERSION:
         same = [name for name in same if name not in of_all_history(view)]
     back = dict(manifest.about["reaches"])
     inputs = digests_within(back, manifest.digests, manifest.dropped, [day for day in days if day in manifest.dates])
@@ -184,7 +185,7 @@ def _copies(
     return Copies(older.uri, older.version, columns, {day: tuple(files[day]) for day in columns})
 
 
-def needed(view: FeatureView) -> dict[str, frozenset[tuple[str, bool]]]:
+def sources_needed(view: FeatureView) -> dict[str, frozenset[tuple[str, bool]]]:
     """Returns per feature the sources that decide it, directly or through the features it uses.
 
     Each source comes with whether the order of its rows matters.
@@ -231,7 +232,7 @@ def _proof(
 ) -> tuple[Proof, bool]:
     """Returns the proof for a source over the days of `span`, and whether the same columns were read.
 
-    If the same columns were read, rows of one moment have the same order.
+    If the same columns were read, rows with the same time have the same order.
     """
     spine = source == view.spine.name
     before = manifest.about["spine"] if spine else manifest.about["sources"].get(source)
@@ -251,7 +252,7 @@ def _proof(
         content = manifest.dimensions.get(source) == current.dimensions[source]
         used = dimensions_digest(manifest.dimensions)
         return lambda day, _: content and manifest.looked_up.get(day) == used, exactly
-    # What no window of these days can see need not be read.
+    # Rows that no window of these days can see need not be read.
     first, last = span[0] - dict(manifest.about["reaches"]).get(source, 0), span[1]
     files = {
         path: span_of_file
@@ -259,9 +260,9 @@ def _proof(
         if span_of_file[1] <= last and span_of_file[2] >= first
     }
     try:
-        known = read_anew(manifest) if manifest.version < VERSION else manifest
+        known = read_anew(manifest) if manifest.version < MANIFEST_VERSION else manifest
         rows = digests_now(source, then, [each for each in slices if each.path in files], files, known)
-    except ContractError:  # a column that is no longer needed need not be there
+    except ContractError:  # a column that is no longer needed may be missing
         return _never, False
     dropped = current.repeats[source].dropped if source in current.repeats else {}
     changed = sorted(
@@ -284,12 +285,13 @@ def _differing(now: Digests, before: Digests) -> set[int]:
 
 
 def _alike(
-    contract: Contract, before: SourceDescription, slices: Sequence[Slice], repeats: Repeats | None
+    contract: Contract, before: SourceDescription, slices: Sequence[Slice], repeats: RepeatedKeys | None
 ) -> Contract | None:
     """Returns the contract of an older view that read or checked other columns.
 
     Returns None if that contract may have accepted other rows. Columns decide about rows in two ways: numbers must be
-    finite, texts UTF-8 and dates within the years 1 to 9999, and of repeats at one moment the smallest row is kept.
+    finite, texts UTF-8 and dates within the years 1 to 9999; and of repeats with the same time, the smallest row is
+    kept.
     """
     declared, columns, ordering = contract.source.schema, before["columns"], before.get("ordering", ())
     if contract.source.time is None or (repeats is not None and len(repeats.first)):
@@ -314,13 +316,14 @@ def _held_as_declared(contract: Contract, columns: Sequence[str]) -> Callable[[s
         if is_text(path):
             return False
         schema = open_file(path, contract.source).schema
-        return all(name not in schema.names or holds(declared[name], schema.field(name).type) for name in columns)
+        return all(name not in schema.names or type_holds(declared[name], schema.field(name).type) for name in columns)
 
     return held if columns else lambda _: True
 
 
 def keep_rules(contract: Contract, slices: Sequence[Slice], columns: Sequence[str]) -> bool:
-    """Whether all values of these columns keep the rules of their types. They are read: footers do not say."""
+    """Whether all values of these columns satisfy the rules of their types. The values are read, because footers do not
+    show this."""
     narrow = dataclasses.replace(contract, columns=tuple(columns), ordering=(), required=())
     broken = [condition for name, _, condition in narrow.rules if name in columns]
     for each in slices if broken else ():

@@ -23,7 +23,7 @@ from schemas.errors import StoreError
 from schemas.views import FeatureView
 from transforms.features.block_inputs import BlockInput, deduplicate_events
 from transforms.features.lifetime_snapshots import (
-    FOLDER,
+    SUMMARIES_FOLDER,
     Chain,
     Part,
     SnapshotFiles,
@@ -32,7 +32,7 @@ from transforms.features.lifetime_snapshots import (
     read_summary,
     write_summary,
 )
-from transforms.features.lifetime_summaries import merge, summarise
+from transforms.features.lifetime_summaries import merge_summaries, summarise
 from transforms.features.plan import Block, FeaturePlan
 from transforms.sources.dead_letters import dead_letters_batch
 from transforms.sources.reader import ReadOptions, read_slices
@@ -87,7 +87,8 @@ class Summarise(beam.DoFn):
 
 
 def read_segment(view: FeatureView, plan: FeaturePlan, segment: SnapshotSegment, name: str) -> BlockInput:
-    """Events known in the segment, without repeats; with dead letters and a tally only if it accounts for them."""
+    """Events known in the segment, without repeats; with dead letters and a tally only if the segment accounts for
+    them."""
     contract = plan.contracts[name]
     own = (segment.start, segment.end) if segment.accounts and contract is not plan.spine else (0, 0)
     span = (segment.start, segment.end) if segment.digests else None
@@ -102,7 +103,7 @@ def read_segment(view: FeatureView, plan: FeaturePlan, segment: SnapshotSegment,
 def merge_in_order(
     parts: Iterable[Part], view: FeatureView, uri: str, run_id: str, over: Sequence[Chain]
 ) -> dict[int, tuple[str, ...]]:
-    """Writes the summary of everything before each time that a chain wants, and returns the file names.
+    """Writes the summary of everything before each time in a chain's `wanted`, and returns the file names.
 
     Raises:
         StoreError: the segments leave a gap or overlap, so that an event would be missed or counted twice.
@@ -129,7 +130,7 @@ def merge_in_order(
                 until = end
                 for i, (name, group) in enumerate(zip(names, groups, strict=True)):
                     part, keys = read_summary(uri, name), [column for _, column in group[0].keys]
-                    merged[i] = merge(merged[i], part, keys) if len(merged[i]) else part
+                    merged[i] = merge_summaries(merged[i], part, keys) if len(merged[i]) else part
             result[moment] = (
                 chain.base.files
                 if chain.base is not None and moment == chain.start
@@ -140,5 +141,5 @@ def merge_in_order(
 
 def remove_parts(parts: Iterable[Part], snapshots: SnapshotFiles, uri: str) -> None:
     """Deletes the summaries of segments after the merged ones have been written."""
-    paths = [FileSystems.join(uri, FOLDER, name) for _, _, names in parts for name in names]
+    paths = [FileSystems.join(uri, SUMMARIES_FOLDER, name) for _, _, names in parts for name in names]
     FileSystems.delete([path for path in paths if FileSystems.exists(path)])

@@ -25,7 +25,7 @@ from transforms.features.long_windows import WindowPart, position, split_windows
 from transforms.features.plan import Block, FeaturePlan
 from transforms.records.disk_partitions import DiskPartitions, partition_of, positions_by_partition
 from transforms.sources.dead_letters import SOURCE_DEAD_LETTERS, concat_dead_letters
-from transforms.sources.reader import CHUNK_ROWS, Read
+from transforms.sources.reader import READ_CHUNK_ROWS, SourceRows
 from transforms.sources.tallies import SourceTally
 
 log = logging.getLogger("millrace.features")
@@ -51,7 +51,7 @@ class KeyedEvents:
             name: DiskPartitions(folder, _identifying(view, plan, name), block.shards[name]) for name in block.events
         }
 
-    def add(self, name: str, read: Read) -> None:
+    def add(self, name: str, read: SourceRows) -> None:
         """Adds events read from a source. Those that may be repeats are kept until all have been added."""
         contract, repeats = self.plan.contracts[name], self.plan.repeats.get(name)
         clear = read.frame
@@ -65,18 +65,18 @@ class KeyedEvents:
             alone = np.ones(len(clear), np.bool_)
             alone[again.to_numpy()] = False
             clear = clear.filter(pl.Series(alone))
-        self._keep(name, Read(clear, read.dead_letters, read.digests))
+        self._keep(name, SourceRows(clear, read.dead_letters, read.digests))
 
     def finish(self) -> dict[str, BlockInput]:
         """Returns the dead letters and tallies of all added rows. The rows themselves are on disk."""
         for name, suspects in self.suspects.items():
             for part in range(suspects.parts):
-                rows = list(suspects.read(part, CHUNK_ROWS))
+                rows = list(suspects.read(part, READ_CHUNK_ROWS))
                 if rows:
-                    self._keep(name, Read(pl.concat(rows), pl.DataFrame(schema=SOURCE_DEAD_LETTERS)))
+                    self._keep(name, SourceRows(pl.concat(rows), pl.DataFrame(schema=SOURCE_DEAD_LETTERS)))
         return self.inputs
 
-    def _keep(self, name: str, read: Read) -> None:
+    def _keep(self, name: str, read: SourceRows) -> None:
         added, before = deduplicate_events(self.view, self.plan, self.block, name, read), self.inputs[name]
         for key, group in self.groups.items():
             if key.source == name:
@@ -166,7 +166,7 @@ class GroupEvents:
             if interior is not None:
                 summaries[self.history] = interior
             elif self.summaries is not None:
-                rows = pl.concat([self._empty, *self.summaries.read(part, CHUNK_ROWS)])
+                rows = pl.concat([self._empty, *self.summaries.read(part, READ_CHUNK_ROWS)])
                 summaries[self.history] = Summary(rows, self.block.start)
             self._warn_if_large(task, len(events))
             tables = KernelTables({self.source.name: events}, summaries)
@@ -178,7 +178,7 @@ class GroupEvents:
         return pl.DataFrame(schema={name: self.source.schema[name] for name in self.columns})
 
     def _read(self, part: int) -> Iterable[pl.DataFrame]:
-        return self.spill.read(part, CHUNK_ROWS)
+        return self.spill.read(part, READ_CHUNK_ROWS)
 
     def _warn_if_large(self, task: WindowPart, rows: int) -> None:
         if rows > 4 * self.block.part_rows:
@@ -200,13 +200,13 @@ def _columns(features: Sequence[EventFeature], read: Sequence[str]) -> list[str]
     wanted |= set() if first.where is None else set(columns_of(first.where))
     for feature in features:
         if isinstance(feature, Latest) or any(each.stat in ORDERED for each in feature.statistics):
-            return list(read)  # which put rows of one moment in order
+            return list(read)  # they order rows with the same time
         wanted |= {each.column for each in feature.statistics}
     return [name for name in read if name in wanted]
 
 
 def _identifying(view: FeatureView, plan: FeaturePlan, name: str) -> tuple[str, ...]:
-    """Columns that rows have in common of which one is kept."""
+    """Columns that are equal in rows of which only one is kept."""
     contract = plan.contracts[name]
     return (view.time, *view.key) if contract is plan.spine else tuple(contract.source.unique or ())
 

@@ -1,4 +1,4 @@
-"""Snapshots of all history: which of them a run makes from which segments of time, and the files they are stored in."""
+"""Snapshots of all history: which of them a run makes, from which segments of time, and the files that store them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from schemas.views import FeatureView, lifetime_sources
 from transforms.features.lifetime_summaries import Summary
 from transforms.features.plan import Block, FeaturePlan
 from transforms.records.times import ALWAYS, day_number, midnight
-from transforms.sources.reader import CHUNK_ROWS
+from transforms.sources.reader import READ_CHUNK_ROWS
 from transforms.sources.slices import Slices
-from transforms.storage.delta_tables import write_aside
+from transforms.storage.delta_tables import write_file_atomically
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.stored_json import read_regular, reason_of, understood
+from transforms.storage.stored_json import explain_damage, read_regular, reason_of
 
 _RULE, _FIX = "A summary of all history can be read", "Restore it, or recompute with --full"
-FOLDER = "_summaries"
+SUMMARIES_FOLDER = "_summaries"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SnapshotSegment:
     """A span of time `[start, end)` in µs to summarise.
 
     Args:
-        accounts: whether its events are accounted for nowhere else.
+        accounts: whether its events must be accounted for here, because no block does it.
         digests: whether its events are digested by day.
     """
 
@@ -60,7 +60,7 @@ class Chain:
     """The time `[start, end)` in µs, summarised without gaps.
 
     Args:
-        base: the snapshot it starts from; None: it starts with the first event there is.
+        base: the snapshot that it starts from; None: it starts with the first event.
         wanted: the times (µs) at which it writes the summary of everything before.
     """
 
@@ -82,7 +82,7 @@ SnapshotFiles = Mapping[int, tuple[str, ...]]
 
 
 def lifetime_groups(view: FeatureView) -> dict[HistoryKey, tuple[EventFeature, ...]]:
-    """The features of each history that some lifetime window sees, in the order of a snapshot's files."""
+    """The features of each history that lifetime windows see, in the order of a snapshot's files."""
     groups: dict[HistoryKey, list[EventFeature]] = {}
     for feature in view.features:
         if isinstance(feature, EventFeature):
@@ -97,7 +97,7 @@ def chains(plan: FeaturePlan, found: Mapping[int, Snapshot | None]) -> tuple[Cha
     snapshot is later than that.
 
     Args:
-        found: per start of a range, the newest usable snapshot before it.
+        found: the newest usable snapshot before the start of each range.
     """
     made: list[Chain] = []
     for first, last in plan.ranges:
@@ -143,7 +143,7 @@ def left_for_later(snapshots: SnapshotFiles) -> dict[int, tuple[str, ...]]:
 def usable_snapshot(uri: str, candidates: Iterable[tuple[int, Sequence[str]]]) -> Snapshot | None:
     """Returns the first candidate whose files all exist."""
     for until, files in candidates:
-        if all(FileSystems.exists(FileSystems.join(uri, FOLDER, name)) for name in files):
+        if all(FileSystems.exists(FileSystems.join(uri, SUMMARIES_FOLDER, name)) for name in files):
             return Snapshot(until, tuple(files))
     return None
 
@@ -158,12 +158,12 @@ def write_summary(uri: str, name: str, summary: pl.DataFrame) -> str:
     summary.write_parquet(sink, compression="lz4")
     content = sink.getvalue()
     file = f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.parquet"
-    write_aside(FileSystems.join(uri, FOLDER), file, pa.py_buffer(content))
+    write_file_atomically(FileSystems.join(uri, SUMMARIES_FOLDER), file, pa.py_buffer(content))
     return file
 
 
 def read_summary(uri: str, name: str) -> pl.DataFrame:
-    with _summary_read(FileSystems.join(uri, FOLDER, name)) as path:
+    with _summary_read(FileSystems.join(uri, SUMMARIES_FOLDER, name)) as path:
         return pl.read_parquet(io.BytesIO(read_regular(path)))
 
 
@@ -171,7 +171,7 @@ def read_summary(uri: str, name: str) -> pl.DataFrame:
 def _summary_read(path: str) -> Iterator[str]:
     """Turns an error of reading a summary into one that names it."""
     try:
-        with understood(_RULE, path, _FIX):
+        with explain_damage(_RULE, path, _FIX):
             yield path
     except (pl.exceptions.PolarsError, pa.ArrowException, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
         raise StoreError(_RULE, f"{path}: {reason_of(error)}", _FIX) from None
@@ -182,11 +182,11 @@ def stream_summaries(
 ) -> Iterator[tuple[HistoryKey, pl.DataFrame]]:
     """Like `load_summaries`, but yields a few rows at a time, each with the key of its summary."""
     for key, file in zip(lifetime_groups(view), files[block.start], strict=True):
-        path = FileSystems.join(uri, FOLDER, file)
+        path = FileSystems.join(uri, SUMMARIES_FOLDER, file)
         with _summary_read(path), FileSystems.open(path, compression_type="uncompressed") as handle:
             read = pq.ParquetFile(handle)
             yield key, pl.from_arrow(read.schema_arrow.empty_table())  # type: ignore[misc]
-            for batch in read.iter_batches(CHUNK_ROWS):
+            for batch in read.iter_batches(READ_CHUNK_ROWS):
                 yield key, pl.from_arrow(batch)  # type: ignore[misc]
 
 

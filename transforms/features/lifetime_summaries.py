@@ -16,9 +16,9 @@ from schemas.features import ORDERED, Latest, Statistic, Trailing
 from schemas.sources import Source
 from transforms.features.window_statistics import Column
 from transforms.records.exact_sums import Floats
-from transforms.records.window_sums import Bools, Digits, Ints, Numbers, decompose, squared, total, variance
+from transforms.records.window_sums import Bools, Digits, Ints, Numbers, decompose, squared, window_sum, window_variance
 
-# The column of a summary that holds the last row; no key has that name.
+# The column of a summary that has the last row; no key may have this name.
 LATEST = " latest"
 SUMMED, SQUARED = ("sum", "mean", "std", "var"), ("std", "var")
 
@@ -37,10 +37,10 @@ class Summary:
 
 
 def summarise(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl.DataFrame:
-    """Summary of `events` for the lifetime windows of `features` (of one source, key and condition), one row per key.
+    """Summarises `events` for the lifetime windows of `features` (of one source, key and condition), one row per key.
 
-    Columns: the keys, `#` (rows), and per column c what its statistics need: `c n`, `c s<unit>`, `c q<unit>`, `c min`,
-    `c max`, `c first`, `c last`; `LATEST`: the last row as a struct.
+    Columns: the keys, `#` (number of rows), and for each column c those that its statistics need: `c n`, `c s<unit>`,
+    `c q<unit>`, `c min`, `c max`, `c first`, `c last`; `LATEST`: the last row as a struct.
     """
     first = features[0]
     if first.condition is not None:
@@ -48,11 +48,11 @@ def summarise(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl
     source, keys = first.source, [column for _, column in first.keys]
     events = events.drop_nulls(keys)
     taken = sorted({column for feature in features if isinstance(feature, Latest) for column in feature.columns})
-    if taken or any(set(ORDERED) & stats for stats in needed(features).values()):
+    if taken or any(set(ORDERED) & stats for stats in statistics_needed(features).values()):
         events = events.sort(order(source, events), maintain_order=False)
     made: list[pl.Expr] = [pl.len().cast(pl.Int64).alias("#")]
     digits: list[pl.Series] = []
-    for column, stats in needed(features).items():
+    for column, stats in statistics_needed(features).items():
         value = pl.col(column)
         made.append(value.drop_nulls().len().cast(pl.Int64).alias(f"{column} n"))
         if {"first"} & stats:
@@ -73,7 +73,7 @@ def summarise(features: Sequence[Trailing | Latest], events: pl.DataFrame) -> pl
     return events.with_columns(digits).group_by(keys, maintain_order=True).agg(made)
 
 
-def merge(earlier: pl.DataFrame | None, later: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
+def merge_summaries(earlier: pl.DataFrame | None, later: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
     """Merges the summaries of two spans of time, the earlier first. Associative."""
     if earlier is None:
         return later
@@ -98,7 +98,7 @@ def order(source: Source, events: pl.DataFrame) -> list[str]:
     return list(dict.fromkeys([str(source.time), *source.ties(events.columns)]))
 
 
-def needed(features: Sequence[Trailing | Latest]) -> dict[str, set[str]]:
+def statistics_needed(features: Sequence[Trailing | Latest]) -> dict[str, set[str]]:
     """Statistics of lifetime windows per column."""
     result: dict[str, set[str]] = {}
     for feature in features:
@@ -114,7 +114,7 @@ def _digit_columns(prefix: str, digits: Digits) -> list[pl.Series]:
 
 
 class PriorSummary:
-    """A group's summary joined to the windows: the values of each window's key, zero or null for new keys."""
+    """A group's summary, joined to the windows: the values for the key of each window; zero or null for new keys."""
 
     def __init__(self, summary: pl.DataFrame, rows: Ints) -> None:
         """`rows`: per window the row of `summary`, −1 for none."""
@@ -153,7 +153,7 @@ class PriorSummary:
             return self._extreme(each.column, own, lo, hi, each.stat == "max"), valid
         sums = _added(self.digits(f"{each.column} s"), own.sums.digits(lo, hi))
         if each.stat in ("sum", "mean"):
-            whole = total(sums, len(lo))
+            whole = window_sum(sums, len(lo))
             return (whole if each.stat == "sum" else whole / np.maximum(n, 1)), valid
         squares = _added(self.digits(f"{each.column} q"), own.squares.digits(lo, hi))
         at = np.flatnonzero(valid)
@@ -162,7 +162,7 @@ class PriorSummary:
             return self._extreme(each.column, own, lo, hi, largest)[at[some]]
 
         result = np.zeros(len(lo))
-        result[at] = variance(n[at], _only(sums, at), _only(squares, at), extreme)
+        result[at] = window_variance(n[at], _only(sums, at), _only(squares, at), extreme)
         return (result if each.stat == "var" else np.sqrt(result)), valid
 
     def _extreme(self, column: str, own: Column, lo: Ints, hi: Ints, largest: bool) -> Floats:
@@ -173,7 +173,7 @@ class PriorSummary:
         return result
 
     def value(self, name: str) -> pl.Series:
-        """A summary column per window, null without a summary."""
+        """A summary column, by window; null for keys without a summary."""
         at = (
             pl.Series(self.rows).set(pl.Series(~self.known), None)
             if len(self.summary)

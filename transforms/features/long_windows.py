@@ -22,14 +22,14 @@ import polars as pl
 from schemas.feature_groups import window_lengths, without_columns
 from schemas.features import COMPACT, ORDERED, Latest, Trailing
 from schemas.sources import Source
-from transforms.features.lifetime_summaries import Summary, merge, summarise
+from transforms.features.lifetime_summaries import Summary, merge_summaries, summarise
 
 # A window is split if it is longer than this many times the span of the spine rows.
 LONG = 2
 
 
 def position(source: Source) -> pl.Expr:
-    """The time that decides which windows contain an event, µs."""
+    """The time, in µs, that decides which windows contain an event."""
     return pl.col(str(source.event_time or source.time)).to_physical()
 
 
@@ -67,7 +67,9 @@ class WindowPart:
                 continue
             if self.summed:
                 keys = [column for _, column in self.features[0].keys]
-                summary = merge(summary, summarise([_over_all_events(each) for each in self.features], interior), keys)
+                summary = merge_summaries(
+                    summary, summarise([_over_all_events(each) for each in self.features], interior), keys
+                )
             else:
                 kept = [firsts_and_lasts(self.features, pl.concat([*kept, interior]))]
         return pl.concat([*rows, *kept]), None if summary is None else Summary(summary, self.interior[1], self.length)

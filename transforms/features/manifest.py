@@ -1,4 +1,4 @@
-"""What a feature table was computed from, as stored with its commits, and which part of it a run may build upon."""
+"""Manifests: what a feature table was computed from, stored with its commits; and which part of it a run may use."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from transforms.storage.stored_json import DAMAGE, reason_of
 
 # Manifests of version 1 have no version. They may name lifetime summaries that contain events twice or too early, days
 # that were computed from such summaries, and digests of rows that no longer existed when they were last read.
-VERSION = 2
-# The digest of a day's inputs that no inputs have: the day is computed again whatever it was computed from.
+MANIFEST_VERSION = 2
+# A digest that no inputs have: a day with this digest is always computed again.
 OUTDATED = -1
 WRITTEN_BEFORE = (
-    f"written before manifests of version {VERSION}, "
+    f"written before manifests of version {MANIFEST_VERSION}, "
     "when windows over all history could count events twice or too early: recomputed"
 )
 
 
 class SourceDescription(TypedDict):
-    """What decides which rows of a source count: (name, type) of its columns among it.
+    """Everything that decides which rows of a source count, such as (name, type) of its columns.
 
     Args:
         ordering: columns that are read only to choose between rows.
@@ -44,17 +44,17 @@ class SourceDescription(TypedDict):
 
 
 class SpineDescription(SourceDescription):
-    """The same of the spine, and its key."""
+    """As `SourceDescription`, for the spine, with its key."""
 
     key: list[str]
 
 
 class ViewDescription(TypedDict, total=False):
-    """A view in terms that another view can be compared with; empty where it must not be.
+    """A view in terms that can be compared with another view; empty if it must not be compared.
 
     Args:
-        meanings: of each column.
-        reaches: (source, µs that it is read back).
+        meanings: the meaning of each column.
+        reaches: (source, how far back it is read in µs).
     """
 
     spine: SpineDescription
@@ -65,18 +65,18 @@ class ViewDescription(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Manifest:
-    """What a feature table was computed from; kept with its commits.
+    """What a feature table was computed from; stored with its commits.
 
     Args:
         files: per source, path to (stamp, first day, last day).
         covered: per source, the spans of days that have been digested.
-        digests: per source, its rows by day, as last read.
-        dropped: per source with `unique`, its repeats by day.
-        dates: per computed day of the spine, the digest of all its inputs.
-        dimensions: digest per dimension as last used; `looked_up` has it per computed day.
-        snapshots: per µs until which it reaches, the files of a summary of all history and the digest of that history.
-        about: the view in terms that another view can be compared with (`column_reuse.describe`).
-        version: of the rules by which it was made (`VERSION`).
+        digests: per source, the digests of its rows by day, as last read.
+        dropped: per source with `unique`, the digests of its repeats by day.
+        dates: the digest of all inputs of each computed day of the spine.
+        dimensions: the digest of each dimension as last used; `looked_up` has it for each computed day.
+        snapshots: end of a summary of all history (µs) → its files and the digest of that history.
+        about: the view in terms that can be compared with another view (`column_reuse.describe`).
+        version: the version of the rules by which it was made (`MANIFEST_VERSION`).
     """
 
     files: Mapping[str, Mapping[str, tuple[str, int, int]]]
@@ -88,7 +88,7 @@ class Manifest:
     looked_up: Mapping[int, int]
     snapshots: Mapping[int, tuple[Sequence[str], int]] = dataclasses.field(default_factory=dict)
     about: ViewDescription = dataclasses.field(default_factory=lambda: ViewDescription())
-    version: int = VERSION
+    version: int = MANIFEST_VERSION
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
@@ -138,14 +138,14 @@ EMPTY = Manifest({}, {}, {}, {}, {}, {}, {})
 
 
 def continued(view: FeatureView, manifest: Manifest) -> Manifest:
-    """Returns the part of a manifest, of any version, that a run may build upon.
+    """Returns the part of a manifest, of any version, that a run may use.
 
-    Of an older version and a view with lifetime windows, these are the names of the days, so that they are computed
-    again. Of a manifest whose sources chose rows by another order (`reordered`), nothing.
+    If the manifest has an older version and the view has lifetime windows, only the days are kept, so that they are
+    computed again. If the sources chose rows by another order (`reordered`), nothing is kept.
     """
     if reordered(view, manifest):
         return EMPTY
-    if manifest.version >= VERSION or not lifetime_sources(view):
+    if manifest.version >= MANIFEST_VERSION or not lifetime_sources(view):
         return manifest
     return dataclasses.replace(manifest, dates=dict.fromkeys(manifest.dates, OUTDATED), snapshots={})
 
@@ -153,7 +153,7 @@ def continued(view: FeatureView, manifest: Manifest) -> Manifest:
 def reordered(view: FeatureView, manifest: Manifest) -> list[str]:
     """Sources whose columns were declared in another order when the table was written.
 
-    Of rows that tie, such a source may then have chosen others.
+    Such a source may have chosen other rows among ties.
     """
     if not manifest.about:
         return []
@@ -178,7 +178,7 @@ def _in_step(before: Sequence[str], now: Sequence[str]) -> bool:
 
 
 def outdated(manifest: Manifest) -> list[int]:
-    """Days of a `continued` manifest whose rows are as an older version wrote them."""
+    """Days of a `continued` manifest whose rows were written by an older version."""
     return sorted(day for day, digest in manifest.dates.items() if digest == OUTDATED)
 
 

@@ -18,14 +18,14 @@ from transforms.features.source_digests import Current
 from transforms.features.staleness import advance
 from transforms.sources.tallies import SourceTally, digests_read
 from transforms.storage.delta_log import commit_at, metadata_of
-from transforms.storage.delta_tables import data_files, open_table, table_root, write_aside
+from transforms.storage.delta_tables import data_files, open_table, table_root, write_file_atomically
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import folders
-from transforms.storage.stored_json import read_regular, understood
+from transforms.storage.stored_json import explain_damage, read_regular
 
 log = logging.getLogger("millrace.features")
 
-FOLDER = "_manifests"  # Delta ignores folders whose names start with an underscore
+MANIFESTS_FOLDER = "_manifests"  # Delta ignores folders whose names start with an underscore
 
 
 def read_manifest(table: DeltaTable | None) -> Manifest:
@@ -37,8 +37,8 @@ def read_manifest(table: DeltaTable | None) -> Manifest:
     name = None if table is None else metadata_of(table, "manifest")
     if table is None or name is None:
         return EMPTY
-    path = FileSystems.join(table_root(table), FOLDER, name)
-    with understood("A feature table's manifest can be read", path, "Restore it, or recompute with --full"):
+    path = FileSystems.join(table_root(table), MANIFESTS_FOLDER, name)
+    with explain_damage("A feature table's manifest can be read", path, "Restore it, or recompute with --full"):
         return Manifest.from_json(read_regular(path).decode())
 
 
@@ -46,7 +46,7 @@ def warn_of_outdated(view: FeatureView, table: DeltaTable) -> None:
     """Warns a reader of the table that an older version may have computed some of its days incorrectly."""
     try:
         days = outdated(continued(view, read_manifest(table)))
-    except StoreError:  # commands that need the manifest report this error
+    except StoreError:  # the commands that need the manifest report the error
         return
     if days:
         log.warning(
@@ -99,5 +99,7 @@ class WriteManifest:
         after = advance(self.view, before, self.current, digests_read(tallies), self.ranges, left)
         after = dataclasses.replace(after, about=description_after(self.view, before))
         name = f"{self.run_id}-{0 if table is None else table.version() + 1}.json"
-        write_aside(FileSystems.join(self.uri, FOLDER), name, pa.py_buffer(after.to_json().encode()))
+        write_file_atomically(
+            FileSystems.join(self.uri, MANIFESTS_FOLDER), name, pa.py_buffer(after.to_json().encode())
+        )
         return {"manifest": name}

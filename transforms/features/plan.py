@@ -24,10 +24,12 @@ from transforms.sources.slices import Slice, Slices
 
 # Rows (spine and events) of one block: large enough for the kernel, small enough for memory.
 BLOCK_ROWS = 800_000
-# Reading a row this often still costs less than sending it once; and reading so many rows less than preparing to send.
+# A row can be read this often before reading costs more than sending it once; reading fewer rows than this costs less
+# than preparing to send them.
 MOST_READS = 6.0
 FEW_ROWS = 200_000
-# A block that reads more than so many times its own rows is cut by key hash; a part holds one time the rows of a block.
+# A block that reads more than this multiple of its own rows is partitioned by key hash; a partition has as many rows as
+# a block.
 MOST_BLOCKS = 3
 MOST_SHARDS = 1000
 # Bytes of a dimension that every worker may hold.
@@ -98,7 +100,7 @@ class FeaturePlan:
 def plan_features(
     view: FeatureView, root: str, start: date | None, end: date | None, now: int, block_rows: int = BLOCK_ROWS
 ) -> FeaturePlan:
-    """Divides the interval `[start, end)` of the spine in `root` (None: all there is) into blocks, from footers alone.
+    """Divides the interval `[start, end)` of the spine in `root` (None: everything) into blocks, from footers alone.
 
     Raises:
         DataError: there are no spine rows in the interval, or a source has no files.
@@ -113,14 +115,14 @@ def plan_features(
     return plan_blocks(
         view,
         inventory,
-        [interval(view, inventory, start, end)],
+        [resolve_interval(view, inventory, start, end)],
         repeats,
         PlanOptions(everything=start is None and end is None, block_rows=block_rows),
     )
 
 
-def interval(view: FeatureView, inventory: Inventory, start: date | None, end: date | None) -> tuple[int, int]:
-    """`[start, end)` in µs, open ends taken from the data.
+def resolve_interval(view: FeatureView, inventory: Inventory, start: date | None, end: date | None) -> tuple[int, int]:
+    """`[start, end)` in µs; open ends are taken from the data.
 
     Raises:
         DataError: there are no spine rows in it.
@@ -152,7 +154,7 @@ class PlanOptions:
         digest: blocks digest what they read, for all of each day that the windows of the ranges reach.
         summarised: sources whose past is summarised and digested separately (see `history_snapshots`).
         block_rows: rows (spine and events) of one block.
-        shuffled: whether rows are sent to their blocks; None chooses, by how many rows would be read in vain otherwise.
+        shuffled: whether rows are sent to their blocks; None chooses by how many rows would otherwise be read in vain.
         key_shards: partitions by key hash of each block; None: only blocks that would read too many rows have
             partitions.
         broadcast_bytes: a larger dimension is routed.
@@ -197,7 +199,7 @@ def plan_blocks(
         routed=tuple(
             name
             for name, slices in dimensions.items()
-            if size(inventory.contracts[name], slices) > options.broadcast_bytes
+            if memory_bytes(inventory.contracts[name], slices) > options.broadcast_bytes
         ),
     )
 
@@ -208,7 +210,7 @@ def _time_blocks(
     """Returns the blocks of all ranges, without key shards."""
     spine = inventory.slices[view.spine.name]
     events = {name: inventory.slices[name] for name in view.events}
-    if not options.digest:  # a first run digests whatever lies in its interval
+    if not options.digest:  # a first run digests everything in its interval
         events = {name: within_sight(view, inventory, name, *inventory.extent) for name in events}
     blocks: list[Block] = []
     for first, last in ranges:
@@ -283,27 +285,30 @@ def _reached_span(spine: Slices, ranges: Sequence[tuple[int, int]]) -> tuple[int
 def with_shards(
     view: FeatureView, block: Block, block_rows: int, shuffled: bool, key_shards: int | None = None
 ) -> Block:
-    """`block`, cut by key hash where it would hold too many rows at once: as many as it reads, or as are sent to it."""
-    needed = {name: reached(view, block, name, unknown=1.0) for name in block.events}
-    in_memory = reached(view, block) + sum(needed.values()) if shuffled else _rows(block)
+    """`block`, partitioned by key hash if it would have too many rows in memory: those that it reads, or those that are
+    sent to it."""
+    needed = {name: events_reached(view, block, name, unknown=1.0) for name in block.events}
+    in_memory = events_reached(view, block) + sum(needed.values()) if shuffled else _rows(block)
     if key_shards == 1 or (key_shards is None and in_memory <= MOST_BLOCKS * block_rows):
         return block
     shards = {name: key_shards or min(-(-rows // block_rows) or 1, MOST_SHARDS) for name, rows in needed.items()}
     return dataclasses.replace(block, shards=shards, part_rows=block_rows)
 
 
-def reached(view: FeatureView, block: Block, source: str | None = None, unknown: float = 0.0) -> int:
-    """The approximate number of events of `source` that the block can see; without a source, of its spine rows."""
+def events_reached(view: FeatureView, block: Block, source: str | None = None, unknown: float = 0.0) -> int:
+    """The approximate number of events of `source` that the block can see; without a source, the number of its spine
+    rows."""
     if source is None:
         return rows_within(block.spine, block.start, block.end, unknown)
     return rows_within(block.events[source], block.start - view.reach(source), block.end, unknown)
 
 
 def rows_within(slices: Sequence[Slice], low: int, high: int, unknown: float = 0.0) -> int:
-    """About how many rows of `slices` lie in `[low, high)` µs, taken to spread evenly over their row groups.
+    """The approximate number of rows of `slices` in `[low, high)` µs, on the assumption that row groups are evenly
+    filled.
 
     Args:
-        unknown: the share to take of row groups whose times are not in the footer.
+        unknown: the share to assume of row groups whose times are not in the footer.
     """
     total = 0.0
     for each in slices:
@@ -312,8 +317,8 @@ def rows_within(slices: Sequence[Slice], low: int, high: int, unknown: float = 0
     return round(total)
 
 
-def size(contract: Contract, slices: Sequence[Slice]) -> int:
-    """About how many bytes the columns of `slices` take in memory."""
+def memory_bytes(contract: Contract, slices: Sequence[Slice]) -> int:
+    """The approximate number of bytes that the columns of `slices` take in memory."""
     width = sum(32 if contract.source.schema[name] == pl.String else 8 for name in contract.columns)
     return width * sum(each.rows for each in slices)
 
@@ -325,7 +330,10 @@ def _rows(block: Block) -> int:
 def in_vain(view: FeatureView, blocks: Sequence[Block]) -> float:
     """The number of rows read per row that a block needs: little more than 1 for sources sorted by time."""
     read = sum(map(_rows, blocks))
-    needed = sum(reached(view, block) + sum(reached(view, block, name) for name in block.events) for block in blocks)
+    needed = sum(
+        events_reached(view, block) + sum(events_reached(view, block, name) for name in block.events)
+        for block in blocks
+    )
     return read / max(needed, 1)
 
 
@@ -343,9 +351,9 @@ def amplification(blocks: Sequence[Block]) -> float:
 def _cuts(
     spine: Sequence[Slice], events: Mapping[str, Sequence[Slice]], first: int, last: int, block_rows: int
 ) -> list[int]:
-    """Bounds of blocks of about `block_rows` rows, at midnights unless one day alone is too much.
+    """Bounds of blocks of about `block_rows` rows, at midnights unless one day alone has too many rows.
 
-    Rows are taken to spread evenly over their row group's span.
+    Rows are assumed to be spread evenly over the span of their row group.
     """
     days = midnight(np.arange(day_number(first), days_in(last) + 1))
     rows = np.zeros(len(days) - 1)
@@ -354,7 +362,7 @@ def _cuts(
     highs = np.array([max(each.high, each.low) + 1 for each in slices], np.int64)
     counts = np.array([each.rows for each in slices], np.int64)
     begin, end = (np.searchsorted(days, times, "right") - 1 for times in (lows, highs - 1))
-    whole = (begin == end) & (begin >= 0) & (begin < len(rows))  # within one day: all of them, if there are many
+    whole = (begin == end) & (begin >= 0) & (begin < len(rows))  # within one day: all of its rows, if there are many
     rows += np.bincount(begin[whole], counts[whole], len(rows))
     for low, high, count in zip(lows[begin != end], highs[begin != end], counts[begin != end], strict=True):
         share = np.clip(np.minimum(days[1:], high) - np.maximum(days[:-1], low), 0, None) / (high - low)

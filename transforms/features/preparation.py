@@ -28,8 +28,8 @@ from transforms.features.column_reuse import Copies, find_copies
 from transforms.features.lifetime_snapshots import Chain, Snapshot, SnapshotSegment, chains, segments, usable_snapshot
 from transforms.features.manifest import EMPTY, WRITTEN_BEFORE, Manifest, continued, outdated
 from transforms.features.manifest_store import older_tables, read_manifest
-from transforms.features.plan import FeaturePlan, PlanOptions, interval, plan_blocks, rows_within
-from transforms.features.source_digests import Current, examine
+from transforms.features.plan import FeaturePlan, PlanOptions, plan_blocks, resolve_interval, rows_within
+from transforms.features.source_digests import Current, digest_changes
 from transforms.features.staleness import Stale, find_stale, usable_snapshots
 from transforms.records.times import ALWAYS, FOREVER, as_date, day_number, days_within, midnight
 from transforms.sources.inventory import Inventory, take_inventory
@@ -42,16 +42,16 @@ Ranges = list[tuple[int, int]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeaturesRequest:
-    """Which features to compute, from what, and how the work may be divided.
+    """Which features to compute, from which sources, and how the work may be divided.
 
     Args:
-        definition: the view's.
-        store: its address.
+        definition: name of the definition.
+        store: address of the store.
         sources: folder of the sources.
-        now: µs since 1970; rows stamped later are not known yet.
-        start: first day to compute; None: the first there is.
-        end: the day after the last; None: the day after the last there is.
-        full: compute every date again, whatever the table holds.
+        now: µs since 1970; rows with a later time are not known yet.
+        start: first day to compute; None: the first day of the data.
+        end: the day after the last; None: the day after the last day of the data.
+        full: compute every date again, whatever the table has.
         refresh: also count dates as stale whose dimensions have changed.
         block_rows: rows computed at once.
         shuffled: send rows to their blocks instead of letting each block read; None: whichever reads less.
@@ -89,18 +89,18 @@ class FeaturesRequest:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedRun:
-    """What there is to compute, why, and the state of the sources and of the table that this was decided on.
+    """What to compute, why, and the state of the sources and of the table on which this was decided.
 
     Args:
-        plan: None: there is nothing to compute.
+        plan: the blocks; None: there is nothing to compute.
         stale: reasons per date, and notes for the user.
         current: digests of the sources.
         base: version of the feature table; None: there is no table yet.
         copies: columns that are copied from an older table.
-        inventory: of the sources.
+        inventory: the inventory of the sources.
         everything: whether all dates are computed.
-        segments: of the history that is summarised for windows without a beginning.
-        chains: of those segments, each with the snapshot it starts from.
+        segments: segments of the history, which are summarised for lifetime windows.
+        chains: chains of those segments, each with the snapshot that it starts from.
         outdated: days of the table that an older version wrote, and whose values may be wrong.
         partition_days: how many days a partition of the feature table spans.
         carried: dead letters of days that the run does not compute.
@@ -143,14 +143,14 @@ def prepare_features(request: FeaturesRequest) -> PreparedRun:
     view = request.view
     inventory, table = take_inventory(view, request.sources, request.now), open_table(request.table)
     base = None if table is None else int(table.version())
-    # A run over some days keeps the record of the others, even if it computes its own days anew.
-    # Without any spine row left, `--full` too goes by the days of the table: their rows are to be removed.
+    # A run over some days keeps the record of the others, even if it computes its own days again.
+    # If no spine row is left, `--full` also uses the days of the table: their rows must be removed.
     empty = inventory.extent[0] >= inventory.extent[1]
     anew = request.full and not request.bounded and not empty
     manifest = EMPTY if anew else continued(view, read_manifest(table))
     everything = not request.bounded and (anew or not manifest.dates)
     old_days = outdated(_readable_manifest(view, table) if anew else manifest)
-    current = examine(inventory, manifest, request.full)
+    current = digest_changes(inventory, manifest, request.full)
     stale, ranges = _stale_ranges(request, inventory, manifest, current, everything)
     stale = _with_notes(stale, old_days, ranges, inventory, everything)
     carried = CarriedDeadLetters()
@@ -204,7 +204,7 @@ def _stale_ranges(
 
 
 def _requested(request: FeaturesRequest, inventory: Inventory, manifest: Manifest) -> tuple[int, int]:
-    """Returns the requested `[start, end)` in µs. It contains the days of the table whose spine rows are all gone.
+    """Returns the requested `[start, end)` in µs. It includes days of the table whose spine rows are all gone.
 
     Raises:
         DataError: neither the spine nor the table has rows there.
@@ -213,7 +213,7 @@ def _requested(request: FeaturesRequest, inventory: Inventory, manifest: Manifes
     low, high = (None if each is None else midnight(each) for each in (request.start, request.end))
     inside = [each for each in computed if (low is None or each >= low) and (high is None or each < high)]
     if not inside:
-        return interval(request.view, inventory, request.start, request.end)
+        return resolve_interval(request.view, inventory, request.start, request.end)
     first, last = inventory.extent if inventory.extent[0] < inventory.extent[1] else (FOREVER, ALWAYS)
     return (
         min(first, min(inside)) if low is None else low,
@@ -233,7 +233,7 @@ def _with_notes(stale: Stale, days: Sequence[int], ranges: Ranges, inventory: In
 def _snapshots(
     request: FeaturesRequest, manifest: Manifest, current: Current, ranges: Ranges
 ) -> dict[int, Snapshot | None]:
-    """Returns per start of a range the newest usable snapshot before it.
+    """Returns the newest usable snapshot before the start of each range.
 
     There is none if everything is computed again.
     """

@@ -11,7 +11,7 @@ from schemas.views import FeatureView
 from transforms.features.block_inputs import ONE_ROW, BlockInput, dimension_rows, losing, tally_dimension
 from transforms.features.plan import BLOCK_ROWS, FeaturePlan
 from transforms.records.disk_partitions import DiskPartitions
-from transforms.sources.reader import CHUNK_ROWS, locate, stream_slices
+from transforms.sources.reader import READ_CHUNK_ROWS, locate_rows, stream_slices
 
 
 def rows_looked_up(plan: FeaturePlan, feature: Lookup, spine: pl.DataFrame) -> pl.DataFrame:
@@ -54,14 +54,14 @@ def account(view: FeatureView, plan: FeaturePlan, name: str, part_rows: int = BL
         for key, spill in zip(keys, spills, strict=True):
             found = []
             for part in range(spill.parts):
-                chunks = list(spill.read(part, CHUNK_ROWS))
+                chunks = list(spill.read(part, READ_CHUNK_ROWS))
                 frame = dimension_rows(contract, pl.concat(chunks)) if chunks else pl.DataFrame()
                 rows += len(frame) if key == keys[0] else 0
                 found += [losing(frame, key)] if chunks else []
             conflicts = pl.concat(found) if found else None
             if conflicts is not None and len(conflicts):
                 refused.append(conflicts)
-                dead_letters.append(locate(contract, slices, conflicts, key, ONE_ROW))
+                dead_letters.append(locate_rows(contract, slices, conflicts, key, ONE_ROW))
     used = rows - (len(pl.concat(refused).unique()) if refused else 0)
     nothing = pl.DataFrame(schema={column: contract.source.schema[column] for column in contract.columns})
     return BlockInput(nothing, *tally_dimension(name, total, used, dead_letters))

@@ -1,4 +1,5 @@
-"""Digests of the sources by day: of files that have changed since a manifest, and of what a day's features see."""
+"""Digests of the sources by day: for files that have changed since a manifest, and for the inputs of each day's
+features."""
 
 from __future__ import annotations
 
@@ -10,23 +11,23 @@ import numpy as np
 import polars as pl
 
 from schemas.views import FeatureView, lifetime_sources
-from transforms.features.manifest import VERSION, Manifest, read_anew
+from transforms.features.manifest import MANIFEST_VERSION, Manifest, read_anew
 from transforms.records.pickled_once import PickledOnce
-from transforms.records.row_hashing import combine, hash_column, hash_text
+from transforms.records.row_hashing import combine_hashes, hash_column, hash_text
 from transforms.records.times import day_number, days_in, midnight
 from transforms.sources.contracts import Contract
-from transforms.sources.day_digests import Digests, add
+from transforms.sources.day_digests import Digests, add_digests
 from transforms.sources.dead_letters import concat_dead_letters
 from transforms.sources.inventory import Inventory
-from transforms.sources.reader import ReadOptions, Repeats, repeats_of, stream_slices
+from transforms.sources.reader import ReadOptions, RepeatedKeys, repeats_of, stream_slices
 from transforms.sources.slices import Slice
 
 _MASK = 2**64 - 1
-# Days back of a window over all history.
+# The number of days back of a window over all history.
 WHOLE_HISTORY_DAYS = 1_000_000
 
 
-# What `Current` was looked up in: rows digested, and rows whose unique columns were looked through for repeats.
+# Keys of `Current.looked`: rows that were read for digests, and rows whose unique columns were searched for repeats.
 DIGESTED, REPEATS = "digested", "repeats"
 
 
@@ -35,7 +36,7 @@ class Current(PickledOnce):
     """The sources as they are now.
 
     Args:
-        digests: by day, if `digested`; then they cover all days.
+        digests: the digests by day, if `digested`; then they cover all days.
         whole: per source the last day that is entirely before the run's clock. Of a later day some rows may have been
             rejected that the next run accepts, so it does not count as covered.
         dead_letters: of all rows of the time sources' files that are new or have changed, of `SOURCE_DEAD_LETTERS`.
@@ -44,7 +45,7 @@ class Current(PickledOnce):
 
     files: Mapping[str, Mapping[str, tuple[str, int, int]]]
     digests: Mapping[str, Digests]
-    repeats: Mapping[str, Repeats]
+    repeats: Mapping[str, RepeatedKeys]
     dimensions: Mapping[str, int]
     whole: Mapping[str, int] = dataclasses.field(default_factory=dict)
     digested: bool = False
@@ -52,13 +53,13 @@ class Current(PickledOnce):
     dead_letters: pl.DataFrame = dataclasses.field(default_factory=lambda: concat_dead_letters([]))
 
 
-def examine(inventory: Inventory, manifest: Manifest, everything: bool = False) -> Current:
+def digest_changes(inventory: Inventory, manifest: Manifest, everything: bool = False) -> Current:
     """Digests by day the files that are new, changed or gone since `manifest`, and no others.
 
     Args:
-        everything: digest all files, whatever the manifest knows of them.
+        everything: digest all files, whatever the manifest has.
     """
-    known = read_anew(manifest) if everything or manifest.version < VERSION else manifest
+    known = read_anew(manifest) if everything or manifest.version < MANIFEST_VERSION else manifest
     files, repeats, dimensions, whole = {}, {}, {}, {}
     digests: dict[str, Digests] = {}
     looked: dict[str, dict[str, int]] = {DIGESTED: {}, REPEATS: {}}
@@ -84,7 +85,7 @@ def examine(inventory: Inventory, manifest: Manifest, everything: bool = False) 
 
 
 def _spans(slices: Iterable[Slice], contract: Contract) -> dict[str, tuple[str, int, int]]:
-    """Per file its stamp and the days it may hold."""
+    """For each file, its stamp and the first and last day that it may contain."""
     spans: dict[str, tuple[str, int, int]] = {}
     for each in slices:
         low, high = day_number(max(each.low, contract.earliest)), day_number(min(each.high, contract.latest))
@@ -103,7 +104,7 @@ def digests_now(
     manifest: Manifest,
     dead_letters: list[pl.DataFrame] | None = None,
 ) -> Digests:
-    """Digests of a source by day; what has not changed since `manifest` is taken from there.
+    """Digests of a source by day; for unchanged files they are taken from `manifest`.
 
     Args:
         dead_letters: those of the files that are new or have changed are added, some perhaps twice.
@@ -124,7 +125,7 @@ def digests_now(
     timeless = [each for each in slices if each.path in changed and _timeless(contract, each)]
     if dead_letters is not None and timeless:
         dead_letters += [read.dead_letters for read in stream_slices(contract, timeless)]
-    return {**{day: value for day, value in known.items() if day not in days}, **add(parts)}
+    return {**{day: value for day, value in known.items() if day not in days}, **add_digests(parts)}
 
 
 def _timeless(contract: Contract, each: Slice) -> bool:
@@ -180,21 +181,21 @@ def _dimension_digest(contract: Contract, slices: Sequence[Slice]) -> int:
     total = 0
     for read in stream_slices(contract, slices):
         if len(read.frame):
-            total += int(np.add.reduce(combine([hash_column(read.frame[name]) for name in contract.read])))
+            total += int(np.add.reduce(combine_hashes([hash_column(read.frame[name]) for name in contract.read])))
     return total & _MASK
 
 
 def input_digests(
     view: FeatureView, digests: Mapping[str, Digests], dropped: Mapping[str, Digests], days: Iterable[int]
 ) -> dict[int, int]:
-    """Returns per day of the spine the digest of its spine rows and of all events within reach of them."""
+    """For each day of the spine, the digest of its spine rows and of all events within reach of them."""
     return digests_within(reaches(view), digests, dropped, days)
 
 
 def digests_within(
     back: Mapping[str, int], digests: Mapping[str, Digests], dropped: Mapping[str, Digests], days: Iterable[int]
 ) -> dict[int, int]:
-    """Per day the digest of each source's days from so many days before."""
+    """For each day, the digest of each source over that day and so many days before it."""
     wanted = sorted(days)
     if not wanted:
         return {}
@@ -202,13 +203,13 @@ def digests_within(
     for name, reach in back.items():
         seen = sorted({*digests.get(name, {}), *dropped.get(name, {})})
         raw, gone = digests.get(name, {}), dropped.get(name, {})
-        # One number per day of this source; a window's is their sum, so prefix sums give every window's.
+        # One number per day of this source; that of a window is their sum, so prefix sums give it for every window.
         columns = [
             seen,
             *zip(*(_signed(raw.get(day, (0, 0))) + _signed(gone.get(day, (0, 0))) for day in seen), strict=True),
         ]
         mixed = (
-            combine([hash_text(name), *(np.array(column, np.int64).view(np.uint64) for column in columns)])
+            combine_hashes([hash_text(name), *(np.array(column, np.int64).view(np.uint64) for column in columns)])
             if seen
             else np.zeros(0, np.uint64)
         )
@@ -243,7 +244,8 @@ def history_digest(
 
 
 def reaches(view: FeatureView) -> dict[str, int]:
-    """Per source the number of days before its own that a day's features see; the spine at least its own."""
+    """For each source, the number of earlier days that a day's features see; the spine is always included with the day
+    itself."""
     lifetime = lifetime_sources(view)
     return {
         view.spine.name: 0,
@@ -253,4 +255,4 @@ def reaches(view: FeatureView) -> dict[str, int]:
 
 def dimensions_digest(dimensions: Mapping[str, int]) -> int:
     """One number for the content of all dimensions."""
-    return int(combine([hash_text(f"{name}={digest}") for name, digest in sorted(dimensions.items())])[0])
+    return int(combine_hashes([hash_text(f"{name}={digest}") for name, digest in sorted(dimensions.items())])[0])

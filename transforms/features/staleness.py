@@ -30,7 +30,7 @@ class Stale:
     notes: tuple[str, ...] = ()
 
     def ranges(self) -> list[tuple[int, int]]:
-        """Runs of neighbouring days as `[start, end)` µs."""
+        """Ranges of neighbouring days as `[start, end)` µs."""
         result: list[tuple[int, int]] = []
         for day in sorted(self.reasons):
             start, end = midnight(day), midnight(day + 1)
@@ -95,7 +95,7 @@ def advance(
 
     Args:
         read: for the first run, which has no manifest to start from, the digests of what it read.
-        left: files of summaries of all history per µs until which they reach.
+        left: end of a summary of all history (µs) → its files.
     """
     if current.digested:
         digests = {name: dict(each) for name, each in current.digests.items()}

@@ -94,7 +94,8 @@ def typed(outputs: pvalue.DoOutputsTuple) -> tuple[beam.PCollection, beam.PColle
 
 
 class ComputeBlock(PrefetchDoFn):
-    """Block → its features; tagged: its dead letters and tallies.  The first block accounts for the dimensions."""
+    """Block → its features; tagged outputs are its dead letters and tallies.  The first block accounts for the
+    dimensions."""
 
     def __init__(
         self, view: FeatureView, plan: FeaturePlan, blocks: int, uri: str = "", copies: Copies | None = None
@@ -158,7 +159,7 @@ class ComputeBlock(PrefetchDoFn):
 
 
 class ComputeGathered(ComputeBlock):
-    """(index of a block, its rows) → as ComputeBlock, of the rows that were sent to it."""
+    """(index of a block, the rows that were sent to it) → the outputs of `ComputeBlock`."""
 
     def __init__(
         self, view: FeatureView, plan: FeaturePlan, blocks: Sequence[Block], uri: str = "", copies: Copies | None = None

@@ -12,9 +12,9 @@ from transforms.features.window_statistics import Once
 from transforms.records.columns import whole_numbers
 from transforms.records.window_sums import Bools, Ints
 
-# Places looked up one by one up to here: below, a pass over all keys costs more.
+# Up to this many positions are searched for one by one; for more, one pass over all keys costs less.
 MANY = 20_000
-# Up to this many spine rows are compared with all events, key by key: below, a code for every key costs more.
+# Up to this many spine rows are compared with all events, key by key; for more, a code for every key costs less.
 FEW = 16
 
 
@@ -41,7 +41,7 @@ class EventOrder:
     def _sorted(self, codes: Ints, times: Ints) -> tuple[Ints, Ints]:
         """(Rows by code and time, their keys in that order.)"""
         keys = codes * self.span + self._position(times)
-        if rising(times):
+        if is_sorted(times):
             order = by_code(codes)
         elif len(keys) < MANY:
             order = np.argsort(keys, kind="stable")
@@ -56,7 +56,7 @@ class EventOrder:
         return np.clip(times - self.base, 0, None)
 
     def _search(self, times: Ints) -> Ints:
-        """Place of the first event of each spine row's key that is not before `times`; 0 for keys without events."""
+        """Position of the first event of each spine row's key that is not before `times`; 0 for keys without events."""
         wanted = self.sorted_codes * self.span + self._position(times)
         found = positions(self.sorted_keys, wanted)
         return np.where(self.sorted_codes < 0, 0, found)
@@ -71,19 +71,19 @@ class EventOrder:
         return self._starts.get(length, search), self.ends
 
     def ties(self) -> Ints:
-        """Places that share key and moment with a neighbour."""
+        """Positions of events that have the same key and time as a neighbour."""
         same = self.sorted_keys[1:] == self.sorted_keys[:-1]
         edge = np.zeros(1, np.bool_)
         return np.flatnonzero(np.concatenate([edge, same]) | np.concatenate([same, edge]))
 
 
-def rising(times: Ints) -> bool:
-    """Whether no time is before the one above it."""
+def is_sorted(times: Ints) -> bool:
+    """Whether the times never decrease."""
     return bool((times[1:] >= times[:-1]).all())
 
 
 def by_code(codes: Ints) -> Ints:
-    """Rows in the order of small codes (−1 first), equal ones as they were: numpy sorts 16 bits by radix."""
+    """Rows sorted by small codes (−1 first); the sort is stable. NumPy sorts integers of 16 bits by radix."""
     least, most = int(codes.min(initial=0)), int(codes.max(initial=0))
     order: Ints | None = None
     for shift in range(0, max((most - least).bit_length(), 1), 16):
@@ -95,9 +95,9 @@ def by_code(codes: Ints) -> Ints:
 
 
 def positions(keys: Ints, wanted: Ints) -> Ints:
-    """Returns the first place in sorted `keys` that is not less than each of the sorted `wanted`.
+    """Returns, for each of the sorted `wanted`, the first position in sorted `keys` whose key is not less.
 
-    Many are found in one pass over both.
+    If there are many, they are found in one pass over both.
     """
     if len(wanted) < MANY:
         return np.searchsorted(keys, wanted, "left")
@@ -181,13 +181,13 @@ def _positions(levels: pl.Series, side: pl.Series) -> pl.Series:
 
 
 def _dense(left: Ints, right: Ints) -> tuple[Ints, Ints]:
-    """The codes that occur on the right renumbered without gaps; others on the left become −1."""
+    """Renumbers the codes that occur on the right without gaps; other codes on the left become −1."""
     top = int(max(left.max(initial=-1), right.max(initial=-1))) + 1
     if top <= 8 * (len(left) + len(right)) + 1024:
         used = np.zeros(top + 1, np.bool_)
         used[right[right >= 0]] = True
         number = np.where(used, np.cumsum(used) - 1, -1)
-        number[-1] = -1  # where −1 points
+        number[-1] = -1  # the entry that index −1 selects
         return number[left], number[right]
     levels = np.unique(right[right >= 0])
     at = np.searchsorted(levels, left)

@@ -1,7 +1,8 @@
-"""Statistics of contiguous windows of a sorted column, vectorised, each a function of the window's multiset alone.
+"""Vectorised statistics of contiguous windows of a sorted column. Each depends only on the multiset of values in a
+window.
 
-A value must not depend on the history, the block or the arrival order that led to it, to the last bit. So nothing here
-slides or accumulates in floating point:
+A value must not depend, to the last bit, on the history, the block or the order of arrival. So nothing here slides or
+accumulates in floating point:
 
 - sums are differences of integer prefix sums over fixed-point digits (a superaccumulator, Kulisch; Neal 2015). They are
   exact and associative, and are rounded once;
@@ -13,17 +14,21 @@ Shapes: `values` has n elements, `lo` and `hi` (int64) have one per window, and 
 
 from __future__ import annotations
 
+import functools
+import math
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Generic, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from transforms.records.exact_sums import Floats
-from transforms.records.window_sums import Bools, ExactSum, Ints, squared, variance
+from transforms.records.window_sums import Bools, ExactSum, Ints, squared, window_variance
 
 Value = TypeVar("Value")
+# Up to this many windows are computed one by one, if together they are at most SHARED times as long as the column.
+FEW, SHARED = 256, 2
 
 
 class Once:
@@ -42,10 +47,10 @@ class Once:
 
 
 class lazy(Generic[Value]):
-    """An attribute computed on first use.
+    """An attribute that is computed on first use.
 
-    Unlike `functools.cached_property` (before 3.12), each has its own lock, so that threads that work on different
-    columns do not wait for each other.
+    Unlike `functools.cached_property` before Python 3.12, it has a lock per object, so that threads that work on
+    different columns do not wait for each other.
     """
 
     def __init__(self, make: Callable[..., Value]) -> None:
@@ -53,7 +58,7 @@ class lazy(Generic[Value]):
         self.__doc__ = make.__doc__
 
     def __get__(self, owner: object, kind: type | None = None) -> Value:
-        if owner is None:  # asked of the class
+        if owner is None:  # accessed on the class
             return cast(Value, self)
         once = owner.__dict__.setdefault("_once", Once())
         value = owner.__dict__[self.name] = once.get(self.name, lambda: self.make(owner))
@@ -122,7 +127,7 @@ class WaveletMatrix:
 
 
 class Column:
-    """A sorted column's values that are values: nulls are taken out and windows mapped accordingly."""
+    """The values of a sorted column without nulls; windows are mapped accordingly."""
 
     def __init__(self, values: npt.NDArray[np.generic], valid: Bools | None) -> None:
         self.kept = None
@@ -142,7 +147,7 @@ class Column:
 
     @lazy
     def numbers(self) -> Floats:
-        # Adding zero turns −0.0 into 0.0: which of the two a minimum picks would depend on order.
+        # Adding zero turns −0.0 into 0.0: otherwise the order of rows would decide which of the two a minimum returns.
         return self.values.astype(np.float64) + 0.0
 
     @lazy
@@ -160,7 +165,7 @@ class Column:
 
     @lazy
     def previous(self) -> WaveletMatrix:
-        """1 + the index of the same value's previous occurrence, 0 for none."""
+        """1 + the index of the previous occurrence of the same value; 0 if there is none."""
         order = np.argsort(self.values, kind="stable")
         same = self.values[order[1:]] == self.values[order[:-1]]
         previous = np.zeros(len(order), np.int64)
@@ -186,11 +191,11 @@ class Column:
         def extreme(at: Ints, largest: bool) -> Floats:
             return self.extreme(lo[at], hi[at], largest)
 
-        return variance(hi - lo, self.sums.digits(lo, hi), self.squares.digits(lo, hi), extreme)
+        return window_variance(hi - lo, self.sums.digits(lo, hi), self.squares.digits(lo, hi), extreme)
 
 
 def statistic(column: Column, stat: str, lo: Ints, hi: Ints) -> tuple[npt.NDArray[np.generic], Bools]:
-    """`stat` per window and whether it has a value; for `first` and `last` the row that holds it.
+    """`stat` per window, and whether it has a value; for `first` and `last`, the row of the value.
 
     `lo` and `hi` are windows over all rows, nulls included.
     """
@@ -199,6 +204,9 @@ def statistic(column: Column, stat: str, lo: Ints, hi: Ints) -> tuple[npt.NDArra
     if stat == "count":
         return length, np.ones(len(lo), np.bool_)
     if stat == "n_unique":
+        if _one_by_one(column, lo, length):
+            distinct = [len(set(column.values[a:b].tolist())) for a, b in zip(lo.tolist(), hi.tolist(), strict=True)]
+            return np.array(distinct, np.int64), np.ones(len(lo), np.bool_)
         return column.previous.below(lo, hi, lo + 1), np.ones(len(lo), np.bool_)
     valid = length > (1 if stat in ("std", "var") else 0)
     everywhere = bool(valid.all())
@@ -209,8 +217,49 @@ def statistic(column: Column, stat: str, lo: Ints, hi: Ints) -> tuple[npt.NDArra
         rows[at] = column.position(some_lo if stat == "first" else some_hi - 1)
         return rows, valid
     result = np.zeros(len(lo))
-    result[at] = _number(column, stat, some_lo, some_hi)
+    if stat in _OF_ONE and _one_by_one(column, lo, length):
+        numbers, one = column.numbers, _OF_ONE[stat]
+        result[at] = [one(numbers[a:b]) for a, b in zip(some_lo.tolist(), some_hi.tolist(), strict=True)]
+    else:
+        result[at] = _number(column, stat, some_lo, some_hi)
     return result, valid
+
+
+def _one_by_one(column: Column, lo: Ints, length: Ints) -> bool:
+    """Whether windows are so few that what all windows of a column share would cost more than it saves."""
+    return len(lo) <= FEW and int(length.sum()) <= SHARED * (len(column.values) + 1)
+
+
+def _sum_of_one(values: Floats) -> float:
+    """The sum, rounded once."""
+    try:
+        return math.fsum(values.tolist())
+    except OverflowError:  # of a partial sum
+        return float(ExactSum(values).total(np.zeros(1, np.int64), np.array([len(values)]))[0])
+
+
+def _median_of_one(values: Floats) -> float:
+    ordered, n = np.sort(values), len(values)
+    return float((ordered[(n - 1) // 2] + ordered[n // 2]) / 2)
+
+
+def _quantile_of_one(values: Floats, q: float) -> float:
+    """As `Column.quantile`."""
+    ordered, at = np.sort(values), (len(values) - 1) * q
+    below = int(at)
+    a, b, t = ordered[below], ordered[min(below + 1, len(values) - 1)], at - below
+    return float(a + (b - a) * t if t < 0.5 else b - (b - a) * (1 - t))
+
+
+# Statistics of the values of one window that is not empty.
+_OF_ONE: Mapping[str, Callable[[Floats], float]] = {
+    "sum": _sum_of_one,
+    "mean": lambda values: _sum_of_one(values) / len(values),
+    "min": lambda values: float(values.min()),
+    "max": lambda values: float(values.max()),
+    "median": _median_of_one,
+    **{f"q{percent:02}": functools.partial(_quantile_of_one, q=percent / 100) for percent in range(1, 100)},
+}
 
 
 def _number(column: Column, stat: str, lo: Ints, hi: Ints) -> Floats:

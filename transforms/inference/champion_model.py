@@ -26,12 +26,12 @@ from schemas.views import FeatureView
 from transforms.inference.live_records import BatchOrigin, Refusal, ServingModel, Swap
 from transforms.models.bundle import Bundle
 from transforms.models.registry import CHAMPION, Registry
-from transforms.models.scoring import ARM, Pinned, Scorer, open_scorer, predict
+from transforms.models.scoring import ARM, PinnedModel, Scorer, open_scorer, predict
 from transforms.storage.file_systems import FileSystems
 
 log = logging.getLogger("millrace.serving")
 # The most swaps and refusals that a worker reports.
-KEPT = 20
+KEPT_ENTRIES = 20
 # A value that changes when the files of a folder change.
 FolderState = tuple[object, ...]
 
@@ -45,9 +45,9 @@ class Serving:
         model: registered name.
         view: the view whose rows are scored.
         first: the version that served at launch; a worker that starts while the alias names a broken version uses it.
-        classes: scores per row.  Each is a column, so the number is fixed at launch.
+        classes: number of scores per row.  Each is a column, so the number is fixed at launch.
         alias: the version with this alias serves.
-        arm: part of the identity of every prediction.
+        arm: a part of the identity of every prediction.
         poll: interval between reads of the alias, µs.
         threads: XGBoost threads per worker.
     """
@@ -55,7 +55,7 @@ class Serving:
     registry: str
     model: str
     view: FeatureView
-    first: Pinned
+    first: PinnedModel
     classes: int = 1
     alias: str = CHAMPION
     arm: str = ARM
@@ -65,7 +65,7 @@ class Serving:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model and the time since which it serves (µs since 1970)."""
+    """A model, and the time from which it serves (µs since 1970)."""
 
     scorer: Scorer
     since: int
@@ -106,7 +106,7 @@ def check_model(bundle: Bundle, version: str, view: FeatureView, train: str) -> 
         raise MismatchError(f"Version {version} takes inputs of the view", value, "Train again on this view")
 
 
-def open_checked(serving: Serving, model: Pinned) -> Scorer:
+def open_checked(serving: Serving, model: PinnedModel) -> Scorer:
     """Load a model and check it: its files are as registered, it fits these features, and it scores a test row.
 
     Raises:
@@ -161,7 +161,8 @@ class Champion:
         return self._current
 
     def acquire(self) -> tuple[LoadedModel, int]:
-        """The model that serves, and the time now (µs), which is before the `since` of any model that replaces it."""
+        """The model that serves, and the current time (µs), which is before the `since` of any model that replaces
+        it."""
         with self._lock:
             return self.current, time.time_ns() // 1000
 
@@ -222,7 +223,7 @@ class Champion:
             return
         self._folder, state = folder, _state(folder)
         try:
-            scorer = open_checked(serving, Pinned(folder, version, digest))
+            scorer = open_checked(serving, PinnedModel(folder, version, digest))
         except Exception as error:  # a broken model may raise any exception
             self._refuse(version, error)
             self._skipped = version, state
@@ -237,7 +238,7 @@ class Champion:
             self._current = loaded
             if before is not None:
                 swap = Swap(loaded.since, before.version, loaded.version)
-                self.swaps = [*self.swaps, swap][-KEPT:]
+                self.swaps = [*self.swaps, swap][-KEPT_ENTRIES:]
                 self._counts["swaps"] += 1
         which = f"version {loaded.version} of {self.serving.model!r}"
         if before is None:
@@ -258,7 +259,7 @@ class Champion:
         value, fix = (error.value, error.fix) if isinstance(error, MillraceError) else (repr(error)[:300], "")
         entry = Refusal(time.time_ns() // 1000, version, rule, str(value), fix)
         with self._lock:
-            self.refused = [*self.refused, entry][-KEPT:]
+            self.refused = [*self.refused, entry][-KEPT_ENTRIES:]
             self._counts["refused"] += 1
         log.error(
             "version %s of %r is refused, %s serves on: %s  "
@@ -305,7 +306,7 @@ def _state(folder: str) -> FolderState:
         with os.scandir(folder) as entries:
             stats = [(entry.name, entry.stat()) for entry in entries]
         return tuple(sorted((name, each.st_size, each.st_mtime_ns, each.st_ino) for name, each in stats))
-    except Exception as error:  # missing or unreadable: the same value until that changes
+    except Exception as error:  # missing or unreadable: the value stays the same until this changes
         return (type(error).__name__,)
 
 

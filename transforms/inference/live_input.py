@@ -16,19 +16,19 @@ from apache_beam.utils.timestamp import MIN_TIMESTAMP
 from apache_beam.utils.windowed_value import WindowedValue
 
 import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
-from schemas.live import ORIGIN, live_schema, scorable
+from schemas.live import ORIGIN_FIELDS, live_schema, scorable
 from schemas.views import FeatureView
 from transforms.inference.live_records import BatchOrigin, MessageRange
 from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, FOREVER, now_us
 from transforms.sources.contracts import IN_YEARS
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
-from transforms.storage.delta_log import commit_at, file_actions, versions
+from transforms.storage.delta_log import commit_at, file_actions, logged_versions
 from transforms.storage.delta_tables import data_files, open_table, table_root
 from transforms.storage.paths import features_live_uri
 from transforms.streaming.crash_guard import CrashGuard
 from transforms.streaming.live_tables import read_feature_rows
-from transforms.streaming.message_limits import LIMITS, MessageLimits, read_arrow
+from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits, read_arrow
 from transforms.streaming.messages import (
     ANY_ERROR,
     EXPANDED_BYTES,
@@ -51,23 +51,23 @@ MESSAGE_ROWS = 1000
 _ARROW = b"\xff\xff\xff\xff"
 
 
-def source_of(view: FeatureView) -> str:
-    """The name of the features topic in offsets and dead letters, without the prefix."""
+def features_source_name(view: FeatureView) -> str:
+    """The name of the features topic in offsets and dead letters: without the prefix."""
     return f"{view.name}.features"
 
 
 def to_score(
-    view: FeatureView, messages: Iterable[Message], by_row: bool = False, limits: MessageLimits = LIMITS
+    view: FeatureView, messages: Iterable[Message], by_row: bool = False, limits: MessageLimits = DEFAULT_LIMITS
 ) -> pa.RecordBatch:
     """Messages of any partitions as one batch of `scorable(view)`, with its `BatchOrigin` in the metadata.
 
     Args:
         view: the view of the feature rows.
-        messages: from the features topic.
-        by_row: offsets count rows (a replayed table), not messages.
-        limits: what a message may hold.
+        messages: messages from the features topic.
+        by_row: offsets count rows (of a replayed table), not messages.
+        limits: the most that a message may contain.
     """
-    source, tables, dead_letters, ranges = source_of(view), list[pa.Table](), list[tuple[object, ...]](), []
+    source, tables, dead_letters, ranges = features_source_name(view), list[pa.Table](), list[tuple[object, ...]](), []
     for (_, partition), some in by_partition(messages).items():
         heartbeat, rows = None, 0
         for message in some:
@@ -76,7 +76,7 @@ def to_score(
                 if heartbeat is None:
                     dead_letters.append(_dead_letter(source, message, "", "a heartbeat is an integer, µs since 1970"))
                 continue
-            heartbeat = None  # an end counts only if no message follows
+            heartbeat = None  # an end only counts if no message follows it
             try:
                 found = _feature_rows(view, message, limits)
             except ANY_ERROR as error:
@@ -121,7 +121,9 @@ def _feature_rows(view: FeatureView, message: Message, limits: MessageLimits) ->
     if message.value[:4] != _ARROW:
         raise ValueError("a message of feature rows is an Arrow IPC stream")
     wanted = [
-        field for field in live_schema(view) if field.name in scorable(view).names and field.name not in ORIGIN.names
+        field
+        for field in live_schema(view)
+        if field.name in scorable(view).names and field.name not in ORIGIN_FIELDS.names
     ]
 
     def check(schema: pa.Schema) -> None:
@@ -133,7 +135,7 @@ def _feature_rows(view: FeatureView, message: Message, limits: MessageLimits) ->
     table = read_arrow(message.value, {field.name for field in wanted}, check, limits)
     table = table.select([field.name for field in wanted]).cast(pa.schema(wanted))
     origin = (message.partition, message.offset, None, message.timestamp)
-    for field, value in zip(ORIGIN, origin, strict=True):
+    for field, value in zip(ORIGIN_FIELDS, origin, strict=True):
         column = (
             pa.array(range(len(table)), field.type)
             if value is None
@@ -144,7 +146,8 @@ def _feature_rows(view: FeatureView, message: Message, limits: MessageLimits) ->
 
 
 def _usable(view: FeatureView, rows: pa.Table) -> tuple[pa.Table, list[tuple[int, str, str]]]:
-    """The rows with a complete spine key and times that can be written; (position, field, rule) of the others."""
+    """The rows that have a complete spine key and times that can be stored; and (position, field, rule) of the
+    others."""
     broken: dict[int, tuple[str, str]] = {}
     for field in rows.schema:
         if pa.types.is_temporal(field.type):
@@ -174,8 +177,8 @@ class DecodeFeatureRows(beam.DoFn):
         view: the view of the feature rows.
         most: messages of a batch.
         by_row: see `to_score`.
-        guard: folder of the crash guard; None: none.
-        limits: what a message may hold.
+        guard: folder of the crash guard; None: there is none.
+        limits: the most that a message may contain.
     """
 
     def __init__(
@@ -184,7 +187,7 @@ class DecodeFeatureRows(beam.DoFn):
         most: int = BATCH_MESSAGES,
         by_row: bool = False,
         guard: str | None = None,
-        limits: MessageLimits = LIMITS,
+        limits: MessageLimits = DEFAULT_LIMITS,
     ) -> None:
         self.view, self.most, self.by_row, self.folder, self.limits = view, most, by_row, guard, limits
 
@@ -229,13 +232,13 @@ def replayed(view: FeatureView, store: str, begin: Mapping[int, int]) -> Iterato
     Raises:
         StoreError: the table's log cannot be read.
     """
-    uri, topic = features_live_uri(store, view.name, view.fingerprint), source_of(view)
+    uri, topic = features_live_uri(store, view.name, view.fingerprint), features_source_name(view)
     due, offset, arrived = begin.get(0, 0), 0, 0
     table = open_table(uri)
     if table is not None:
         inside = len(table_root(table)) + 1
         files = {file.path[inside:]: file for file in data_files(table)}
-        for version in versions(uri):
+        for version in logged_versions(uri):
             arrived = int(commit_at(uri, version).get("timestamp", 0)) * 1000
             for path in sorted(file_actions(uri, version)[0] & files.keys()):
                 if offset + files[path].rows > due:
@@ -269,6 +272,6 @@ class SendFeatureRows(beam.DoFn):
 
 
 def rows_in(view: FeatureView, store: str) -> int:
-    """Number of feature rows that a replay reads."""
+    """The number of feature rows that a replay reads."""
     table = open_table(features_live_uri(store, view.name, view.fingerprint))
     return 0 if table is None else sum(file.rows for file in data_files(table))

@@ -21,7 +21,7 @@ from deltalake import DeltaTable
 import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from schemas.live import live_predictions
 from schemas.views import FeatureView
-from transforms.inference.live_input import source_of
+from transforms.inference.live_input import features_source_name
 from transforms.inference.live_records import BatchOrigin, PredictionsStatus, ScoringState, ServingModel, ServingPeriod
 from transforms.models.scoring import ARM
 from transforms.records.frame_packets import Head, head_of
@@ -33,13 +33,13 @@ from transforms.storage.delta_tables import open_table
 from transforms.storage.file_systems import FileSystems
 from transforms.streaming.kafka import MESSAGE_ROWS, Broker, dead_letter_messages
 from transforms.streaming.kafka_admin import FirstAvailable
-from transforms.streaming.live_tables import BeyondOffsets, UnknownIds, Writer, application_of, last_commit_record
+from transforms.streaming.live_tables import BeyondOffsets, TableWriter, UnknownIds, application_of, last_commit_record
 from transforms.streaming.messages import to_arrow
 from transforms.streaming.micro_batches import (
     SKIPPED,
     MicroBatch,
+    admissible,
     envelopes_of,
-    in_order,
     micro_batch_envelope,
     micro_batches_of,
     no_topic,
@@ -149,7 +149,7 @@ def serving_model_of(envelope: bytes) -> ServingModel | None:
 
 
 class _NewIds(UnknownIds):
-    """`UnknownIds` that also keeps the rows it found to be new."""
+    """`UnknownIds` that also keeps the rows that it found to be new."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,9 +161,9 @@ class _NewIds(UnknownIds):
 
 
 def begin_at(outlet: Outlet, begin: Mapping[int, int]) -> ScoringState:
-    """The initial state: the record of the table's last commit, else `begin`, the first offset per partition."""
+    """The initial state: the record of the table's last commit, or else `begin`, the first offset per partition."""
     record = last_commit_record(open_table(outlet.uri), application_of(outlet.model))
-    source = source_of(outlet.view)
+    source = features_source_name(outlet.view)
     done = record.get("next", {}).get(source, {})
     next_offsets = {str(number): int(done.get(str(number), first)) for number, first in begin.items()}
     return ScoringState.of_json(source, {**record, "next": {source: next_offsets}})
@@ -223,7 +223,7 @@ class PendingPredictions:
         return added
 
     def commit(self, now: int) -> PredictionsStatus | None:
-        """Commit what is there in order and keep the rest.
+        """Commits the micro-batches that are next in order, and keeps the others.
 
         Returns:
             The status; None if there was nothing to commit.
@@ -233,7 +233,7 @@ class PendingPredictions:
             if what == SKIPPED:
                 self.rows[what] = self.rows.get(what, 0) + number
 
-        admitted, self.inbox = in_order(self.inbox, {self.source: self.next}, now, count, self._next_available)
+        admitted, self.inbox = admissible(self.inbox, {self.source: self.next}, now, count, self._next_available)
         if not admitted:
             return None
         rows, dead_letters = [], [pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)]
@@ -258,7 +258,7 @@ class PendingPredictions:
         new_rows = self._ids(open_table(outlet.uri), unique)
         record = self._record(len(rows), new_rows if outlet.table else unique)
         schema, app = live_predictions(outlet.view, outlet.classes), application_of(outlet.model)
-        writer = Writer(outlet.uri, schema, app, outlet.run_id)
+        writer = TableWriter(outlet.uri, schema, app, outlet.run_id)
         writer.append(unique if outlet.table else unique.clear(), self.turn, record, self._ids, always=True)
         return PredictionsStatus(
             record=record,
@@ -280,13 +280,13 @@ class PendingPredictions:
         return {**self.state.commit_record(), "model": self.outlet.model, "version": version}
 
     def _write_dead_letters(self, dead_letters: pl.DataFrame) -> int:
-        """Returns how many of them the table did not hold."""
+        """Writes dead letters; returns how many of them the table did not have."""
         outlet = self.outlet
         arrived = pl.col("arrived").cast(pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
         view = pl.lit(outlet.view.name).alias("view")
         dated = dead_letters.with_columns(view, arrived, arrived.dt.date().alias("date"))
         app = application_of(f"{outlet.model}/letters")
-        writer = Writer(outlet.dead_letters_uri, LIVE_DEAD_LETTERS, app, outlet.run_id)
+        writer = TableWriter(outlet.dead_letters_uri, LIVE_DEAD_LETTERS, app, outlet.run_id)
         new_rows = BeyondOffsets(app, None, ("source", "partition", "offset"))
         return writer.append(dated, self.turn, self.state.commit_record(), new_rows)
 

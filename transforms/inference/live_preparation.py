@@ -15,14 +15,14 @@ from schemas.views import FeatureView
 from transforms.inference.champion_model import Serving, check_model, open_checked
 from transforms.inference.live_output import Outlet, begin_at
 from transforms.inference.live_records import ScoringState, next_offsets
-from transforms.models.bundle import load
+from transforms.models.bundle import load_bundle
 from transforms.models.registry import CHAMPION, Registry
-from transforms.models.scoring import ARM, Pinned
+from transforms.models.scoring import ARM, PinnedModel
 from transforms.records.frame_packets import Head
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri
-from transforms.streaming.kafka import Broker, begin_offsets, ensure, topic_of
-from transforms.streaming.kafka_admin import unread
+from transforms.streaming.kafka import Broker, begin_offsets, ensure_topics, topic_of
+from transforms.streaming.kafka_admin import unread_offsets
 from transforms.streaming.live_tables import application_of, last_commit_record
 from transforms.streaming.micro_batches import SKIPPED
 
@@ -31,7 +31,7 @@ log = logging.getLogger("millrace.serving")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LiveInferenceRequest:
-    """What a live inference job shall do.
+    """What a live inference job is to do.
 
     Args:
         definition: the definition of the view and the model.
@@ -41,7 +41,7 @@ class LiveInferenceRequest:
         alias: the version with this alias scores.
         poll: interval between reads of the alias, µs.
         threads: XGBoost threads per worker.
-        broker: None if none is named.
+        broker: the broker; None if none is named.
         replaying: whether the live feature table is read instead of the features topic.
         pace: replay: time between messages, µs.
         prefix: the prefix of the names of all topics.
@@ -96,7 +96,7 @@ class LiveInferencePlan:
         request: the job.
         serving: the settings of scoring, with the first model.
         outlet: where predictions are written.
-        start: how far the job is.
+        start: the state from which the job continues.
         first_available: first offset by partition that the topic still has; empty for a replay.
         group: the consumer group of the launch.
     """
@@ -116,14 +116,14 @@ class LiveInferencePlan:
 
     @property
     def finished(self) -> bool:
-        """Whether all rows were scored before the launch: the last commit is at the end of every partition."""
+        """Whether all rows were scored before the launch, so that the last commit is at the end of every partition."""
         return self.start.at_end and self._nothing_unread(self.start.next)
 
     def finished_at(self, status: Head) -> bool:
         """Whether all rows are scored and committed.
 
         Args:
-            status: of the last commit; empty before the first.
+            status: status of the last commit; empty before the first.
         """
         if not status.get("last") or int(status["turn"]) <= self.start.turn:
             return False
@@ -132,7 +132,7 @@ class LiveInferencePlan:
     def _nothing_unread(self, due: Mapping[int, int]) -> bool:
         """Whether no message follows the ends, as one does after a restart of the features job."""
         try:
-            left = unread(self.broker, {self.request.topic: due})[self.request.topic]
+            left = unread_offsets(self.broker, {self.request.topic: due})[self.request.topic]
         except StoreError:  # the next call tries the broker again
             return False
         return all(number in due and not count for number, count in left.items())
@@ -159,7 +159,7 @@ def prepare_live_inference(request: LiveInferenceRequest) -> LiveInferencePlan:
     )
     serving = first_model(request, outlet)
     outlet = dataclasses.replace(outlet, classes=serving.classes)
-    check_target(outlet)
+    check_live_target(outlet)
     first_available: Mapping[int, int] = {}
     if request.replaying:
         check_replayable(request)
@@ -168,7 +168,7 @@ def prepare_live_inference(request: LiveInferenceRequest) -> LiveInferencePlan:
         first_available = begin_offsets(request.broker, [request.topic])[request.topic]
     if "topic" in request.sinks:
         assert request.broker is not None
-        ensure(request.broker, outlet.topics)
+        ensure_topics(request.broker, outlet.topics)
     log.info("version %s of %r serves from the start", serving.first.version, request.model)
     start = begin_at(outlet, first_available or {0: 0})
     group = f"millrace-{outlet.model}-{request.run_id}-{uuid.uuid4().hex[:8]}"
@@ -212,20 +212,20 @@ def first_model(request: LiveInferenceRequest, outlet: Outlet) -> Serving:
 
 
 def serving_with(request: LiveInferenceRequest, outlet: Outlet, registry: Registry, version: str) -> Serving:
-    """The settings of scoring that begins with a version, which is loaded and checked.
+    """The settings of scoring with a first version, which is loaded and checked.
 
     Raises:
         StoreError: its files are missing or altered.
         MismatchError: it was trained on other features.
     """
     _, folder, digest = registry.locate(request.model, version)
-    bundle = load(folder, digest)
+    bundle = load_bundle(folder, digest)
     check_model(bundle, version, request.view, request.train_command)
     serving = Serving(
         request.registry,
         request.model,
         request.view,
-        Pinned(folder, version, digest),
+        PinnedModel(folder, version, digest),
         classes=bundle.classes,
         alias=request.alias,
         arm=outlet.arm,
@@ -236,7 +236,7 @@ def serving_with(request: LiveInferenceRequest, outlet: Outlet, registry: Regist
     return serving
 
 
-def check_target(outlet: Outlet) -> None:
+def check_live_target(outlet: Outlet) -> None:
     """
     Raises:
         StoreError: the predictions table has other columns, such as those of another number of classes.
@@ -253,7 +253,7 @@ def live_inference_figures(plan: LiveInferencePlan, status: Head) -> dict[str, o
 
     Args:
         plan: the last launch.
-        status: of the last commit; empty if there was none.
+        status: status of the last commit; empty if there was none.
     """
     table, rows = open_table(plan.outlet.uri), status.get("rows", {})
     return {

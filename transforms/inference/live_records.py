@@ -1,6 +1,6 @@
-"""What the steps of live inference send each other, and what their state and commits hold, as typed records.
+"""Typed records that the steps of live inference send each other, and that their state and commits contain.
 
-Each record has one place that serialises it, and it is here.  The names of the serialised keys are those of stored
+Each record is serialised in one place, which is here.  The names of the serialised keys are those of stored
 state and of `status.json`, so they differ from the attributes in a few places.
 """
 
@@ -106,7 +106,7 @@ class ServingModel:
     Args:
         worker: the process, as host/pid.
         version: the model's version.
-        since: since when it serves in that process, µs since 1970.
+        since: the time from which it serves in that process, µs since 1970.
         refused: the latest refusals in that process.
     """
 
@@ -136,7 +136,7 @@ class ServingModel:
 
 @dataclasses.dataclass(frozen=True)
 class ServingPeriod:
-    """A version that serves in one worker from a time on.
+    """A version that serves in one worker from a certain time on.
 
     Args:
         worker, version, since: see `ServingModel`.
@@ -167,7 +167,7 @@ class ServingPeriod:
 
 @dataclasses.dataclass(frozen=True)
 class ScoringState:
-    """How far a live inference job is: what a commit records and what is checkpointed between commits.
+    """The progress of a live inference job: what a commit records, and what is checkpointed between commits.
 
     Args:
         source: name of the features topic in offsets.
@@ -178,7 +178,7 @@ class ScoringState:
         by_version: counts of predictions by model version.
         periods: which version served where, by `ServingPeriod.key`; not part of a commit.
         refused: refused versions, by `Refusal.key`; not part of a commit.
-        committed_at: time of the last commit, µs since 1970; None: none in this job.  Not part of a commit.
+        committed_at: time of the last commit, µs since 1970; None if this job has made none.  Not part of a commit.
     """
 
     source: str
@@ -216,7 +216,7 @@ class ScoringState:
 
     @classmethod
     def of_json(cls, source: str, value: Head) -> ScoringState:
-        """The state of `to_json`, or of a commit's record."""
+        """Reads the state from `to_json`, or from a commit's record."""
         return cls(
             source=source,
             next=next_offsets(value, source),
@@ -240,7 +240,7 @@ class PredictionsStatus:
         at: time of the commit, µs since 1970.
         periods: which version served where, by worker and time.
         refused: refused versions.
-        lag: seconds from a message's arrival to its score, by row.
+        lag: seconds from a message's arrival to its score, for each row.
     """
 
     record: Mapping[str, object]

@@ -16,14 +16,14 @@ from schemas.tables import predictions
 from schemas.views import FeatureView
 from transforms.features.manifest_store import warn_of_outdated
 from transforms.inference.champion_model import check_model
-from transforms.models.bundle import Bundle, digest_of, load
+from transforms.models.bundle import Bundle, bundle_digest, load_bundle
 from transforms.models.registry import Registry, registry_uri
-from transforms.models.scoring import Pinned, columns_read
+from transforms.models.scoring import PinnedModel, columns_read
 from transforms.storage.date_spans import partition_days
 from transforms.storage.delta_tables import CommitTarget, DataFile, data_files, days_between, delta_schema, open_table
 from transforms.storage.feature_tables import open_feature_table
 from transforms.storage.paths import features_uri, predictions_uri
-from transforms.storage.tfrecord_io import matching
+from transforms.storage.tfrecord_io import matching_files
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class InferencePlan:
         target: the dates of the predictions table to replace; its dates are None if TFRecord files decide them.
     """
 
-    model: Pinned
+    model: PinnedModel
     bundle: Bundle
     columns: pa.Schema
     files: tuple[DataFile, ...]
@@ -90,12 +90,12 @@ def prepare_inference(request: InferenceRequest) -> InferencePlan:
     schema = pa.schema([view.output_schema.field(column) for column in columns_read(bundle)])
     uri = predictions_uri(request.store, name)
     written = predictions(view.output_schema, view.key, view.time, bundle.classes)  # type: ignore[arg-type]
-    base = None if request.output_tfrecord else check_target(uri, written)
+    base = None if request.output_tfrecord else predictions_version(uri, written)
     paths: tuple[str, ...] = ()
     files: tuple[DataFile, ...] = ()
     dates: tuple[date, ...] | None = None
     if request.input_tfrecord:
-        paths, features = tuple(matching(request.input_tfrecord)), request.input_tfrecord
+        paths, features = tuple(matching_files(request.input_tfrecord)), request.input_tfrecord
     else:
         features, files, dates = feature_files(request, view, schema, predicted_days(uri, base, request))
     metadata = {
@@ -105,7 +105,7 @@ def prepare_inference(request: InferenceRequest) -> InferencePlan:
         "fingerprint": bundle.fingerprint,
         "features": features,
     }
-    days = 1  # of rows from TFRecord files nothing is known before they are read
+    days = 1  # nothing is known about rows in TFRecord files before they are read
     if files and not request.output_tfrecord:
         span = files[0].date, files[-1].date
         days = partition_days(uri, open_table(uri), sum(file.rows for file in files), span)
@@ -113,7 +113,7 @@ def prepare_inference(request: InferenceRequest) -> InferencePlan:
     return InferencePlan(model, bundle, schema, files, paths, features, target)
 
 
-def pinned(request: InferenceRequest, name: str) -> tuple[Pinned, Bundle]:
+def pinned(request: InferenceRequest, name: str) -> tuple[PinnedModel, Bundle]:
     """The requested version, or else the current champion, with the digest of its files."""
     registry = Registry(request.registry)
     version = request.model_version or registry.champion(name)
@@ -121,8 +121,8 @@ def pinned(request: InferenceRequest, name: str) -> tuple[Pinned, Bundle]:
         fix = f"Train one with: {_command('training', request)}; or name a version with --model_version"
         raise StoreError("A model has a champion before it scores", f"none for {name!r} in {request.registry}", fix)
     version, folder = registry.resolve(name, version)
-    digest = digest_of(folder)
-    return Pinned(folder, version, digest), load(folder, digest)
+    digest = bundle_digest(folder)
+    return PinnedModel(folder, version, digest), load_bundle(folder, digest)
 
 
 def feature_files(
@@ -130,7 +130,8 @@ def feature_files(
 ) -> tuple[str, tuple[DataFile, ...], tuple[date, ...]]:
     """Returns address and version of the feature table, its files in the interval, and the dates of the interval.
 
-    An open end of the interval lies where the rows end, or the predictions: of rows that are gone none may stay.
+    An open end of the interval is where both the rows and the predictions end: predictions of rows that are gone must
+        not stay.
 
     Args:
         predicted: dates in the interval that have predictions.
@@ -157,7 +158,7 @@ def predicted_days(uri: str, base: int | None, request: InferenceRequest) -> tup
     return () if table is None else tuple(file.date for file in data_files(table, request.start, request.end))
 
 
-def check_target(uri: str, schema: pa.Schema) -> int | None:
+def predictions_version(uri: str, schema: pa.Schema) -> int | None:
     """The version of the predictions table; None if there is no table.
 
     Raises:

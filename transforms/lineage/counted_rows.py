@@ -1,5 +1,5 @@
 """Aligns the rows of a live store with those of a batch job's sources: which rows each side counts, and why a row
-counts on one side alone.
+counts on only one side.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deltalake import DeltaTable
 
 from schemas.live import repeats_by
 from schemas.views import FeatureView
-from transforms.features.block_inputs import dimension_rows, distinct
+from transforms.features.block_inputs import dimension_rows, distinct_by_key
 from transforms.lineage.erasure_records import Erased
 from transforms.lineage.feature_parity import (
     _computed,
@@ -33,9 +33,9 @@ from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import check_rows
 from transforms.sources.conversions import PROBLEM
 from transforms.sources.inventory import Inventory, take_inventory
-from transforms.sources.listing import unchanged
+from transforms.sources.listing import require_unchanged
 from transforms.sources.reader import read_raw, repeats_of, without_repeats
-from transforms.sources.repeats import NEVER, Ints
+from transforms.sources.repeats import NEVER_REPEATED, Ints
 from transforms.storage.delta_tables import data_files, open_table, read_file, table_root
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import source_uri, sources_root
@@ -43,7 +43,7 @@ from transforms.streaming.fates import FATE_COLUMNS, known_columns
 from transforms.streaming.live_tables import application_of, last_commit_record
 from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
-# In the order in which they are applied, for a difference that any of several would explain.
+# They are applied in this order, for a difference that several of them would explain.
 LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION = (
     "late row",
     "history",
@@ -53,7 +53,7 @@ LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION = (
     "row rejected by one side only",
     "dimension version",
 )
-# These explain nothing: they are faults, though a value may differ by them.
+# These explain nothing: they are faults, even if a value differs because of them.
 LOST, TWICE = "row that live never had", "repeat that live should have known"
 CAUSES = (LATE, HISTORY, BEFORE_START, CORRECTED, REPEAT, REJECTED, DIMENSION, LOST, TWICE)
 UNEXPLAINED = "unexplained"
@@ -64,7 +64,7 @@ Result = TypeVar("Result")
 
 
 def memo(method: Callable[[Owner, str], Result]) -> Callable[[Owner, str], Result]:
-    """Makes a method of a source's name keep its results in the object."""
+    """Makes a method whose argument is the name of a source keep its results in the object."""
 
     @functools.wraps(method)
     def kept_by(self: Owner, name: str) -> Result:
@@ -77,7 +77,7 @@ def memo(method: Callable[[Owner, str], Result]) -> Callable[[Owner, str], Resul
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Batch:
+class BatchSide:
     """The batch side.
 
     Args:
@@ -91,7 +91,7 @@ class Batch:
     table: DeltaTable | None
 
     @classmethod
-    def of(cls, view: FeatureView, store: str | None, root: str | None = None) -> Batch:
+    def of(cls, view: FeatureView, store: str | None, root: str | None = None) -> BatchSide:
         """The table of a store with its sources, or those in the folder `root`; without a store, sources alone."""
         assert store is not None or root is not None
         table = None if store is None else open_table(FileSystems.join(store, "features", view.name, view.fingerprint))
@@ -108,22 +108,22 @@ class Batch:
         return take_inventory(self.view, self.root, time.time_ns() // 1000)
 
     def checked(self, found: Result) -> Result:
-        """`found`, if its sources are as they were when they were read, if they were.
+        """`found`, after a check that the sources that were read have not changed.
 
         Raises:
             DataError: a file was removed or replaced meanwhile.
         """
-        return unchanged(found, self.inventory.listings if "inventory" in self.__dict__ else ())
+        return require_unchanged(found, self.inventory.listings if "inventory" in self.__dict__ else ())
 
     @memo
     def rows(self, name: str) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """The rows of a source that keep the contract, with `__kept`, whether they count; and the others."""
+        """The rows of a source that satisfy the contract, with `__kept` (whether they count); and the others."""
         contract, slices = self.inventory.contract(name), self.inventory.slices[name]
         raw = read_raw(contract, slices)
         good, dead_letters = check_rows(contract, raw)
         bad = raw[dead_letters["place"].to_numpy()].drop(PROBLEM, strict=False)
         if name == self.view.spine.name:
-            counted = distinct(good, (self.view.time, *self.view.key))[0]
+            counted = distinct_by_key(good, (self.view.time, *self.view.key))[0]
         elif contract.source.time is None:
             counted = good.unique()
         elif contract.source.unique:
@@ -138,7 +138,7 @@ class Batch:
 
     @functools.cached_property
     def spine(self) -> pl.DataFrame:
-        """The spine rows, each once, with `row_id`."""
+        """The spine rows without repeats, with `row_id`."""
         rows = self.rows(self.view.spine.name)[0].filter("__kept").drop("__kept")
         return rows.with_columns(row_ids(self.view.name, [rows[name] for name in (*self.view.key, self.view.time)]))
 
@@ -151,7 +151,7 @@ class Batch:
         return result
 
     def values(self, first: date, last: date) -> pl.DataFrame:
-        """The features of the spine rows of the dates `[first, last]`."""
+        """The features of the spine rows with the dates `[first, last]`."""
         columns = ["row_id", self.view.time, *self.view.columns]
         if self.table is not None:
             files = data_files(self.table, first, last + timedelta(days=1))
@@ -168,7 +168,7 @@ class Batch:
         return made.with_columns(spine_rows[self.view.time]).select(list(dict.fromkeys(columns)))
 
     def dates(self) -> set[date]:
-        """The dates of which it has rows."""
+        """The dates of its rows."""
         if self.table is not None:
             return {file.date for file in data_files(self.table)}
         return set(self.spine[self.view.time].dt.date().unique())
@@ -181,9 +181,9 @@ class Aligned:
     Args:
         rows: the columns that features read.
         moments: their times, µs.
-        shown, gone: as in `VisibleRows`; a row that live does not count is never shown.
+        shown, gone: as in `VisibleRows`; a row that the live side does not count is never shown.
         batch: whether batch counts them.
-        cause: number of the cause, where the sides differ by more than the time of arrival.
+        cause: number of the cause, if the sides differ by more than the time of arrival.
     """
 
     rows: pl.DataFrame
@@ -195,13 +195,14 @@ class Aligned:
 
     @property
     def seen(self) -> VisibleRows:
-        mine = self.shown < NEVER
+        mine = self.shown < NEVER_REPEATED
         return VisibleRows(self.rows.filter(pl.Series(mine)), self.moments[mine], self.shown[mine], self.gone[mine])
 
     def at(self, cut: int, low: int, high: int, active: Sequence[str]) -> pl.DataFrame:
-        """The rows of `[low, high)` that live sees at `cut`, with the differences of the `active` causes applied."""
+        """The rows of `[low, high)` that the live side sees at `cut`, with the differences of the `active` causes
+        applied."""
         live = (self.shown <= cut) & (self.gone > cut)
-        late = (self.shown < NEVER) & (self.shown > cut)
+        late = (self.shown < NEVER_REPEATED) & (self.shown > cut)
         cause = np.where(late | (self.cause == 0), _CODE[LATE], self.cause)
         applied = np.isin(cause, [_CODE[name] for name in active])
         inside = (self.moments >= low) & (self.moments < high)
@@ -209,9 +210,9 @@ class Aligned:
 
 
 class Sides:
-    """The rows of both sides.  They are read when they are needed, and then kept."""
+    """The rows of both sides.  They are read when they are needed, and then kept in memory."""
 
-    def __init__(self, view: FeatureView, store: str, batch: Batch, cuts: Sequence[str]) -> None:
+    def __init__(self, view: FeatureView, store: str, batch: BatchSide, cuts: Sequence[str]) -> None:
         self.view, self.store, self.batch, self.cuts = view, store, batch, cuts
         self.rank = {text: position for position, text in enumerate(cuts)}
 
@@ -225,13 +226,14 @@ class Sides:
 
     @functools.cached_property
     def spine_rows(self) -> pl.DataFrame:
-        """The spine rows that live accepted, from the topic or as history, with `row_id`."""
+        """The spine rows that the live job accepted, from the topic or as history, with `row_id`."""
         view = self.view
         rows = read_accepted(view, self.store, view.spine.name, [*view.spine.schema, *ORIGIN_COLUMNS], None, None)
         return rows.with_columns(row_ids(view.name, [rows[name] for name in (*view.key, view.time)]))
 
     def started(self, name: str, live: pl.DataFrame) -> int:
-        """Time before which live never had a source's rows from its topic: where the job began, or its first row."""
+        """The time before which the live side has no rows of a source from its topic: the start of the job, or its
+        first row."""
         table = open_table(source_uri(sources_root(self.store), name))
         record = last_commit_record(table, application_of(name)) if table is not None else {}
         begin = (record.get("started") or {}).get(name)
@@ -239,7 +241,7 @@ class Sides:
             return int(begin)
         time_column = str((self.view.events.get(name) or self.view.spine).time)
         first = live.filter(pl.col("__partition") >= 0)[time_column].min()
-        return NEVER if first is None else int(pl.Series([first]).to_physical()[0])
+        return NEVER_REPEATED if first is None else int(pl.Series([first]).to_physical()[0])
 
     @memo
     def aligned(self, name: str) -> Aligned:
@@ -250,12 +252,12 @@ class Sides:
         live = read_accepted(view, self.store, name, wanted, None, None)
         started = self.started(name, live)
         shown = shown_at(name, live, self.cuts)
-        gone = np.full(len(live), NEVER, np.int64)
+        gone = np.full(len(live), NEVER_REPEATED, np.int64)
         counted = np.ones(len(live), np.bool_)
         if repeats:
             gone = gone_at(view, self.store, name, live, shown, self.cuts)
             counted = shown < gone
-            gone = np.where(counted, gone, NEVER)
+            gone = np.where(counted, gone, NEVER_REPEATED)
         ours = live.select(columns).with_columns(
             pl.Series("__shown", shown),
             pl.Series("__gone", gone),
@@ -270,7 +272,7 @@ class Sides:
         return Aligned(
             both.select(view.columns_held(name)),
             moments,
-            np.where(mine, both["__shown"].to_numpy(), NEVER),
+            np.where(mine, both["__shown"].to_numpy(), NEVER_REPEATED),
             np.where(mine, both["__gone"].to_numpy(), 0),
             both["__kept"].to_numpy(),
             cause,
@@ -279,7 +281,7 @@ class Sides:
     def _causes(
         self, name: str, both: pl.DataFrame, bad: pl.DataFrame, repeats: Sequence[str], started: int
     ) -> npt.NDArray[np.int8]:
-        """Why one side counts a row that the other does not, where the cut is not the reason."""
+        """Why one side counts a row that the other does not count, if the cut is not the reason."""
         cause = np.zeros(len(both), np.int8)
         time_column = str(self.view.events[name].time)
         identity = list(repeats) or [time_column]
@@ -305,7 +307,7 @@ class Sides:
         source = self.view.events.get(name) or self.view.spine
         early = (rows[str(source.time)].to_physical() < started).to_numpy()
         result = np.where(early, _CODE[HISTORY], _CODE[LOST]).astype(np.int8)
-        # A row of the same identity, or one of which only the time is another.
+        # A row with the same identity, or with the same content except for the time.
         partners = set(_like(rows, live_alone, identity)["__row"])
         content = [column for column in rows.columns if column in source.schema and column != source.time]
         if content and not len(self.view.key if source is self.view.spine else source.unique or ()):
@@ -322,25 +324,25 @@ class Sides:
                 if field in rows.columns:
                     exact |= rows[str(field)].cast(pl.String).is_in(some["value"].implode()).fill_null(False).to_numpy()
             result[exact & (early | (cause == REJECTED))] = _CODE[cause]
-            # A dead letter has one value of its row, which may have been corrected since.  So the other rows get this
-            # cause only if there are no more of them than dead letters that are left.
+            # A dead letter has only one value of its row, which may have been corrected since.  So the other rows get
+            # this cause only if there are no more of them than dead letters that are left.
             rest = result == _CODE[unknown]
             if 0 < rest.sum() <= len(letters) - exact.sum():
                 result[rest] = _CODE[cause]
-        # Of rows that were erased here, only the number is known.
+        # Only the number of rows that were erased here is known.
         gone = result == _CODE[LOST]
         if 0 < gone.sum() <= self.erased.rows.get(name, 0):
             result[gone] = _CODE[CORRECTED]
         return result
 
     def _repeats(self, name: str, both: pl.DataFrame, cause: npt.NDArray[np.int8], repeats: Sequence[str]) -> None:
-        """Gives rows that both sides have and one counts the cause of the row that counts there instead."""
+        """Rows that both sides have but only one counts get the cause of the row that the other side counts instead."""
         moment = pl.col(str(self.view.events[name].time)).to_physical()
         rows = both.with_columns(pl.Series("__cause", cause), moment.alias("__moment"))
         undecided = rows.filter(
             "__live",
             "__batch",
-            (pl.col("__counted") != pl.col("__kept")) | (pl.col("__counted") & (pl.col("__gone") < NEVER)),
+            (pl.col("__counted") != pl.col("__kept")) | (pl.col("__counted") & (pl.col("__gone") < NEVER_REPEATED)),
         )
         if not len(undecided):
             return
@@ -357,17 +359,17 @@ class Sides:
             .agg(pl.col("__theirs").max(), pl.col("__first").min())
         )
         undecided = undecided.join(found, on="__row", how="left")
-        replaced = undecided["__gone"].to_numpy() < NEVER
+        replaced = undecided["__gone"].to_numpy() < NEVER_REPEATED
         theirs = undecided["__theirs"].fill_null(0).to_numpy()
         far = undecided["__moment"].to_numpy() - memory_of(self.store, name).length
-        expired = (undecided["__first"].fill_null(NEVER).to_numpy() < far) | undecided["__alone"].to_numpy()
+        expired = (undecided["__first"].fill_null(NEVER_REPEATED).to_numpy() < far) | undecided["__alone"].to_numpy()
         own_cause = np.where(replaced, _CODE[LATE], np.where(expired, _CODE[REPEAT], _CODE[TWICE]))
-        # A row of history beyond that memory would have made no difference.
+        # A row of history beyond this memory would have made no difference.
         own = (theirs == 0) | (expired & ~replaced & (theirs == _CODE[HISTORY]))
         cause[undecided["__row"].to_numpy()] = np.where(own, own_cause, theirs)
 
     def why_live_alone(self, feature_rows: pl.DataFrame) -> dict[str, int]:
-        """Why batch lacks the spine rows of some live feature rows, as counts by cause."""
+        """Why the batch side lacks the spine rows of some live feature rows, as counts by cause."""
         if not len(feature_rows):
             return {}
         view = self.view
@@ -381,7 +383,7 @@ class Sides:
         return {name: number for name, number in counts.items() if number}
 
     def why_batch_alone(self, rows: pl.DataFrame) -> tuple[dict[str, int], int]:
-        """Why live lacks some of batch's feature rows, as counts by cause; and how many are pending."""
+        """Why the live side lacks some feature rows of the batch side, as counts by cause; and how many are pending."""
         view, spine = self.view, self.batch.spine
         positions = accepted_spine_rows(view, self.store)
         mine = rows.join(positions.select("row_id").unique(), on="row_id", how="semi")
@@ -405,13 +407,14 @@ class Sides:
             for code in found.tolist():
                 cause = UNEXPLAINED if code >= _CODE[LOST] else CAUSES[code - 1]
                 counts[cause] = counts.get(cause, 0) + 1
-        # Rows of the table that its source does not have.
+        # Rows of the table whose spine row is not in its source.
         counts[UNEXPLAINED] += len(rows) - len(mine) - len(never)
         return {name: number for name, number in counts.items() if number}, waits
 
 
 def _joined(live: pl.DataFrame, batch: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
-    """The rows of both sides, those of the same content as one row: `__live` and `__batch` name the sides that have it.
+    """The rows of both sides; rows with the same content become one row. `__live` and `__batch` show which sides have
+    it.
 
     Args:
         live: with `__shown`, `__gone`, `__counted` and `__alone`.
@@ -431,7 +434,7 @@ def _joined(live: pl.DataFrame, batch: pl.DataFrame, columns: Sequence[str]) -> 
         )
         .with_columns(
             pl.col("__live", "__batch", "__counted", "__kept", "__alone").fill_null(False),
-            pl.col("__shown", "__gone").fill_null(NEVER),
+            pl.col("__shown", "__gone").fill_null(NEVER_REPEATED),
         )
         .with_row_index("__row")
     )
@@ -440,11 +443,11 @@ def _joined(live: pl.DataFrame, batch: pl.DataFrame, columns: Sequence[str]) -> 
 def _numbered(
     rows: pl.DataFrame, columns: Sequence[str], by: Sequence[str], descending: Sequence[bool]
 ) -> pl.DataFrame:
-    """Numbers the rows of the same content; rows that count come first."""
+    """Numbers the rows with the same content; rows that count come first."""
     rows = rows.sort(by, descending=list(descending), maintain_order=True)
     return rows.with_columns(pl.int_range(pl.len()).over(columns).cast(pl.Int64).alias(_N))
 
 
 def _like(rows: pl.DataFrame, others: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
-    """The rows that agree with one of `others` in some columns."""
+    """The rows that are equal to one of `others` in some columns."""
     return rows.join(others.select(columns).unique(), on=list(columns), how="semi", nulls_equal=True)

@@ -2,9 +2,9 @@
 
 A live feature row could see the rows that had arrived by its cut; the batch table sees every row that its sources hold
 now.  The rows of both sides are aligned by content, and each row that counts on one side alone gets a cause.  Which
-causes a difference has is then computed and never guessed.  Over live's rows the kernel must give live's bits, and with
-all causes applied it must give the batch table's.  A cause is named if the bits differ from the batch table's when that
-cause alone is left out.
+causes a difference has is then computed, not guessed.  From the live rows, the kernel must compute the bits of the live
+feature row; with all causes applied, it must compute those of the batch table.  A cause is named if leaving out only
+this cause changes the bits.
 """
 
 from __future__ import annotations
@@ -18,26 +18,36 @@ import numpy as np
 import polars as pl
 
 from schemas.views import FeatureView, reached_from
-from transforms.lineage.counted_rows import CAUSES, CORRECTED, DIMENSION, LATE, LOST, TWICE, UNEXPLAINED, Batch, Sides
+from transforms.lineage.counted_rows import (
+    CAUSES,
+    CORRECTED,
+    DIMENSION,
+    LATE,
+    LOST,
+    TWICE,
+    UNEXPLAINED,
+    BatchSide,
+    Sides,
+)
 from transforms.lineage.feature_parity import _by_dates, _computed, _differ, cuts_of, disturbed_by
 from transforms.lineage.visible_rows import Bools
 from transforms.records.times import day_of
-from transforms.sources.repeats import NEVER, Ints
+from transforms.sources.repeats import NEVER_REPEATED, Ints
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri
-from transforms.streaming.live_dimensions import kept
+from transforms.streaming.live_dimensions import kept_version
 from transforms.streaming.live_tables import read_feature_rows
 from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
 EXAMPLES = 3
-# Feature rows explained at a time: a frame of features is held for each set of causes.
+# Feature rows that are explained at a time: for each set of causes, a frame of features is in memory.
 AT_ONCE = 50_000
 
 
 @dataclasses.dataclass
 class ParityDifference:
-    """The values and feature rows that differ by one cause, or by several together, and the first of them."""
+    """The values and feature rows that differ because of one cause, or of several together, and the first of them."""
 
     values: int = 0
     feature_rows: int = 0
@@ -48,18 +58,19 @@ class ParityDifference:
 
 
 @dataclasses.dataclass
-class Full:
+class FullComparison:
     """The result of a comparison with the full batch table.
 
     Args:
         batch: the table and its version, or the sources that the values were computed from.
-        feature_rows: number of rows compared, those that both sides have.
+        feature_rows: number of rows compared, which are those that both sides have.
         values: number of values compared.
         causes: what differs, by the names of the causes.
-        only_live: feature rows that batch lacks, by cause.
-        only_batch: batch's rows without a live feature row, between the first and the last live spine row, by cause.
-        pending: spine rows of these that live has and has not computed yet; they are no difference.
-        not_computed: live feature rows of dates of which the batch table has no row; they are no difference.
+        only_live: feature rows that the batch side lacks, by cause.
+        only_batch: rows of the batch side without a live feature row, between the first and the last live spine row, by
+            cause.
+        pending: how many of these the live job has accepted but not computed yet; they are not a difference.
+        not_computed: live feature rows on dates without a row in the batch table; they are not a difference.
     """
 
     batch: str
@@ -82,12 +93,19 @@ class Full:
         return values + self.only_live.get(UNEXPLAINED, 0) + self.only_batch.get(UNEXPLAINED, 0)
 
 
-def compare(view: FeatureView, store: str, batch: Batch, start: date | None = None, end: date | None = None) -> Full:
-    """Compares the live feature rows of `[start, end)` with batch's."""
+def compare_with_full(
+    view: FeatureView, store: str, batch: BatchSide, start: date | None = None, end: date | None = None
+) -> FullComparison:
+    """Compares the live feature rows of `[start, end)` with those of the batch side."""
     table = open_table(features_live_uri(store, view.name, view.fingerprint))
     files = [] if table is None else data_files(table, start, end)
     cuts = cuts_of(files)
-    result, sides, covered, span = Full(batch.name), Sides(view, store, batch, cuts), batch.dates(), list[int]()
+    result, sides, covered, span = (
+        FullComparison(batch.name),
+        Sides(view, store, batch, cuts),
+        batch.dates(),
+        list[int](),
+    )
     computed = []
     for group in _by_dates(files) if files else ():
         feature_rows = pl.concat([read_feature_rows(view, file) for file in group])
@@ -129,8 +147,10 @@ def _add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
         counts[name] = counts.get(name, 0) + number
 
 
-def _explain(result: Full, sides: Sides, feature_rows: pl.DataFrame, theirs: pl.DataFrame, versions: str) -> None:
-    """Names the causes of every value in which some feature rows differ from batch's rows.
+def _explain(
+    result: FullComparison, sides: Sides, feature_rows: pl.DataFrame, theirs: pl.DataFrame, versions: str
+) -> None:
+    """Names the causes of every value in which some feature rows differ from those of the batch side.
 
     Args:
         versions: the versions of the dimensions that all these feature rows used, as JSON.
@@ -160,7 +180,7 @@ def _explain(result: Full, sides: Sides, feature_rows: pl.DataFrame, theirs: pl.
 
 
 def _needed(variant: _Variants, name: str, batch: pl.Series, rows: Bools) -> Ints:
-    """For each of some rows, as bits, a set of causes that gives batch's value and of which none can be left out."""
+    """For each of some rows, as bits, a minimal set of causes that gives the value of the batch side."""
     needed = np.where(rows, variant.all, 0).astype(np.int64)
     for number in reversed(range(len(variant.causes))):
         bit = 1 << number
@@ -171,7 +191,7 @@ def _needed(variant: _Variants, name: str, batch: pl.Series, rows: Bools) -> Int
 
 
 class _Variants:
-    """Features of some feature rows over live's rows, with the differences of some causes applied."""
+    """Features of some feature rows over the live rows, with the differences of some causes applied."""
 
     def __init__(self, sides: Sides, feature_rows: pl.DataFrame, versions: str) -> None:
         self.sides, view = sides, sides.view
@@ -187,8 +207,8 @@ class _Variants:
         theirs = pl.DataFrame(
             {name: mine[name].zip_with(mine[view.time].is_not_null(), self.live[name]) for name in content}
         )
-        # Of two spine rows of one key and time batch keeps the smaller, and live the one that it had computed when the
-        # other arrived.
+        # Of two spine rows with the same key and time, batch keeps the smaller, and a live job the one that it had
+        # computed when the other arrived.
         positions = pl.int_range(pl.len()).alias("__at")
         other = theirs.with_columns(positions).join(
             self.live.with_columns(positions), on=[*content, "__at"], how="anti", nulls_equal=True
@@ -198,14 +218,14 @@ class _Variants:
         self.other_content = {LATE: late.to_numpy(), CORRECTED: corrected.to_numpy()}
         self.batch = theirs
         root = FileSystems.join(sides.store, "dimensions")
-        self.known = {name: kept(root, name, version) for name, version in json.loads(versions).items()}
+        self.known = {name: kept_version(root, name, version) for name, version in json.loads(versions).items()}
         self.now = sides.batch.dimensions
         rank = feature_rows["__cut"].replace_strict(sides.rank, return_dtype=pl.Int64).to_numpy()
         moments = self.live[view.time].to_physical().to_numpy()
         disturbed = disturbed_by([each.seen for each in self.tables.values()], moments, rank)
         self.parts: list[tuple[Ints, int, int | None, int]] = []
         if (~disturbed).any():
-            self.parts.append((np.flatnonzero(~disturbed), NEVER - 1, None, NEVER))
+            self.parts.append((np.flatnonzero(~disturbed), NEVER_REPEATED - 1, None, NEVER_REPEATED))
         for cut in np.unique(rank[disturbed]).tolist():
             rows = np.flatnonzero(disturbed & (rank == cut))
             self.parts.append((rows, cut, int(moments[rows].min()), int(moments[rows].max())))
@@ -239,7 +259,8 @@ class _Variants:
         return self._made[mask]
 
     def _spine_rows(self, active: Sequence[str]) -> pl.DataFrame:
-        """The spine rows.  One that is another row in batch is batch's if the cause of that is applied."""
+        """The spine rows.  A spine row that differs in batch is replaced by the batch row if the cause of this is
+        applied."""
         none = np.zeros(0, np.int64)
         rows = np.concatenate(
             [none, *(positions for cause, positions in self.other_content.items() if cause in active)]
@@ -260,17 +281,17 @@ class _Variants:
     ) -> pl.DataFrame:
         rows, cut, first, high = part
         view = self.sides.view
-        low = {name: -NEVER if first is None else reached_from(view, name, first) for name in self.tables}
+        low = {name: -NEVER_REPEATED if first is None else reached_from(view, name, first) for name in self.tables}
         tables = {name: each.at(cut, low[name], high, active) for name, each in self.tables.items()}
         return _computed(view, spine_rows[rows], tables, dimensions)
 
 
 def _same(a: pl.DataFrame, b: pl.DataFrame) -> bool:
-    """Whether they hold the same rows in the same order: a lookup takes the first of a key."""
+    """Whether they have the same rows in the same order: a lookup uses the first row of a key."""
     return a.select(b.columns).equals(b)
 
 
-def _add_batch_alone(result: Full, sides: Sides, computed: pl.Series, span: tuple[int, int]) -> None:
+def _add_batch_alone(result: FullComparison, sides: Sides, computed: pl.Series, span: tuple[int, int]) -> None:
     view, batch = sides.view, sides.batch
     days = [day_of(each) for each in span]
     moment = pl.col(view.time).to_physical()

@@ -1,10 +1,10 @@
 """Removes rows of a source, and everything in the store that was made from them, for good.
 
-What the next runs make again is removed whole: feature tables that read the source, with all their versions, lifetime
-summaries, digests and statistics, and the dead letters of the source. Of what they do not make again, only the rows
-themselves and those that could see them are removed: predictions; accepted rows, feature rows and versions of
-dimensions of live jobs. Files of older versions are deleted. The source comes last, so that an erasure that was
-interrupted finds the same rows again.
+Everything that the next runs make again is removed as a whole: feature tables that read the source, with all their
+versions, lifetime summaries, digests and statistics, and the dead letters of the source. From everything else, only the
+rows themselves and those that could see them are removed: predictions; accepted rows, feature rows and dimension
+versions of live jobs. Files of older versions are deleted. The source comes last, so that an interrupted erasure finds
+the same rows again.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ from transforms.sources.contracts import Contract
 from transforms.sources.conversions import Twice
 from transforms.sources.data_files import ParquetData, open_file, open_parquet
 from transforms.sources.formats import SUFFIXES, is_text
-from transforms.sources.inventory import files_of, spine_contract, survey
+from transforms.sources.inventory import source_files, spine_contract, survey_source
 from transforms.sources.text_rewriting import rewrite_text
-from transforms.storage.delta_log import versions
-from transforms.storage.delta_tables import data_files, open_table, read_file, write_aside
-from transforms.storage.paths import folders, path_in_store, place_of, sources_root, tables_below
+from transforms.storage.delta_log import logged_versions
+from transforms.storage.delta_tables import data_files, open_table, read_file, write_file_atomically
+from transforms.storage.paths import folders, place_of, sources_root, table_path_in_store, tables_below
 from transforms.storage.rewriting import Matches, purge, rewrite_delta, write_without
 from transforms.storage.run_markers import MARKER
-from transforms.storage.stored_json import DAMAGE, parse_object, read_regular, understood
+from transforms.storage.stored_json import DAMAGE, explain_damage, parse_object, read_regular
 from transforms.storage.vacuum import TEMPORARY_FILE, files_below
 from transforms.streaming.live_dimensions import rewrite_versions
-from transforms.streaming.messages import ORIGIN
+from transforms.streaming.messages import ORIGIN_TYPES
 from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
 # Columns of a predictions table that do not name the spine row.
 _OF_PREDICTIONS = {"row_id", "prediction_id", "model", "model_version", "arm", "fingerprint", "date"}
-# What a run of this pipeline leaves that shows rows; its figures stay.
+# Files in the folder of a run that show rows, by pipeline; the figures of the run stay.
 _FIGURES = {"run.json", "account.json", MARKER}
 _UNREGISTERED = {"model", "registration.json", "training.json"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Condition:
-    """Rows of a source that are to be erased.
+    """The condition for the rows of a source that are to be erased.
 
     Args:
         source: their source.
-        text: the condition, in SQL as Polars has it.
+        text: the condition, in the SQL of Polars.
     """
 
     source: Source
@@ -72,7 +72,7 @@ class Condition:
     def expression(self) -> pl.Expr:
         """
         Raises:
-            DefinitionError: the text is no condition, or names a column that the source does not declare, or none.
+            DefinitionError: the text is not a condition, or names no column, or one that the source does not declare.
         """
         example = "Write it in SQL: --where \"customer = 'c17' AND placed_at < '2024-01-01'\""
         schema = self.source.schema
@@ -105,14 +105,15 @@ class Condition:
         return self.expression.meta.root_names()
 
     def of(self, rows: pl.DataFrame) -> pl.Series:
-        """Whether each row is to be erased; where the condition is null it is not."""
+        """Whether each row is to be erased; a row for which the condition is null is not."""
         found = rows.select(self.expression.fill_null(False).alias("_"))["_"]
         return found if len(found) == len(rows) else pl.Series([bool(found[0])]).new_from_index(0, len(rows))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SourceFiles:
-    """Where a source lies: its folder, whether that is a Delta table, its files, and the contract to read them by."""
+    """The location of a source: its folder, whether it is a Delta table, its files, and the contract by which to read
+    them."""
 
     folder: str
     delta: bool
@@ -169,12 +170,12 @@ class Erasure:
     """What is to be erased, and where.
 
     Args:
-        definition: that declares the source.
-        condition: the rows.
-        store: its folder.
+        definition: the definition that declares the source.
+        condition: the condition for the rows.
+        store: the folder of the store.
         roots: folders of sources; the store's own is always one.
-        run_id: names the files that are written.
-        keep_sources: whether the rows stay in the folders `roots`, since another store reads them too.
+        run_id: part of the names of the files that are written.
+        keep_sources: whether the rows stay in the folders `roots`, because another store reads them too.
     """
 
     definition: Definition
@@ -201,13 +202,13 @@ class Erasure:
         accepted = dataclasses.replace(self.source, path=None)
         for root, source in [*((root, self.source) for root in (*self.roots, own)), (own, accepted)]:
             folder = place_of(root, source)
-            delta = bool(versions(folder))
+            delta = bool(logged_versions(folder))
             if folder in found or not (
                 delta or any(map(os.path.exists, (folder, *(folder + each for each in SUFFIXES))))
             ):
                 continue
-            contract, _ = survey(root, self._contract(source))
-            found[folder] = SourceFiles(folder, delta, tuple(files_of(root, source)), contract)
+            contract, _ = survey_source(root, self._contract(source))
+            found[folder] = SourceFiles(folder, delta, tuple(source_files(root, source)), contract)
         if not found and not os.path.isdir(self._versions_folder):
             value = f"no folder {self.source.name!r} in {', '.join(self.roots)}"
             raise StoreError("The source is in the store", value, "Name its folder with --sources")
@@ -222,7 +223,7 @@ class Erasure:
 
     @functools.cached_property
     def erased(self) -> pl.DataFrame:
-        """The rows to erase, with the columns that all places have."""
+        """The rows to erase, with the columns that all locations have."""
         parts = []
         for place in self.places:
             for path in place.paths:
@@ -249,7 +250,7 @@ class Erasure:
 
     @functools.cached_property
     def feature_tables(self) -> list[str]:
-        """Feature tables, as paths within the store, that read the source, or of which that is not known."""
+        """Feature tables, as paths within the store, that read the source, or for which this is not known."""
         return [name for name in self._tables("features") if self._reads(name)]
 
     def _reads(self, name: str) -> bool:
@@ -267,8 +268,8 @@ class Erasure:
         return os.path.join(self.store, *name.split("/"))
 
     def affected_models(self, every: Mapping[str, Mapping[str, object]]) -> list[str]:
-        """Of the models' manifests, by name and version, those of models that were trained on the source."""
-        # The folder of its run has the manifest of a registered model, too.
+        """The manifests, by name and version, of those models that were trained on the source."""
+        # A registered model's manifest is also in the folder of its run.
         registered = {each.get("run_id") for name, each in every.items() if not name.startswith("run ")}
         return [
             name
@@ -284,7 +285,7 @@ class Erasure:
         if not table or self.source.name in sources:
             return True
         return (
-            path_in_store(str(table.get("uri"))) in self.feature_tables
+            table_path_in_store(str(table.get("uri"))) in self.feature_tables
             or str(label.get("uri", "")).rstrip("/").rsplit("/", 1)[-1] == self.source.name
         )
 
@@ -294,7 +295,7 @@ class Erasure:
         """Removes the feature tables with all their versions, summaries, statistics and manifests."""
         for name in self.feature_tables:
             folder = self._uri(name)
-            # Renamed first: from then on there is no table, whatever of it is left after a kill.
+            # The folder is renamed first: from then on there is no table, even if a kill leaves parts of it.
             aside = os.path.join(os.path.dirname(folder), f".erasing-{os.path.basename(folder)}")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(folder, aside)
@@ -307,8 +308,8 @@ class Erasure:
     def erase_dead_letters(self) -> int:
         """Removes the dead letters of the source, and those of messages with feature rows.
 
-        Those of a live job that say why an accepted spine row has no feature row stay, if the spine row does: without
-        them nobody could tell what became of it.
+        Dead letters of a live job that explain why an accepted spine row has no feature row stay if the spine row
+            stays: without them, nobody could find out what became of it.
         """
         names = [self.source.name, *(f"{view}.features" for view in self._views())]
 
@@ -326,8 +327,8 @@ class Erasure:
 
     @functools.cached_property
     def live_origins(self) -> pl.DataFrame:
-        """Where a live job had the rows from that it accepted and that are erased."""
-        found = [pl.DataFrame(schema={name: ORIGIN[name] for name in ORIGIN_COLUMNS})]
+        """The origins of the accepted rows of a live job that are erased."""
+        found = [pl.DataFrame(schema={name: ORIGIN_TYPES[name] for name in ORIGIN_COLUMNS})]
         for place in self.places if self.source.name == self.definition.view.spine.name else ():
             for path in place.paths:
                 if not set(ORIGIN_COLUMNS) <= place.names(path):
@@ -343,7 +344,8 @@ class Erasure:
 
     @functools.cached_property
     def _erased_or_repeating(self) -> pl.DataFrame:
-        """The rows to erase, and accepted rows of their `unique` values: those may count when the former are gone."""
+        """The rows to erase, and accepted rows with the same `unique` values, which may count once the former are
+        gone."""
         unique, found = list(self.source.unique or ()), [self.erased]
         for place in self.places if unique and {*unique} <= {*self.erased.columns} else ():
             for path in place.paths:
@@ -365,7 +367,7 @@ class Erasure:
             table = open_table(self._uri(name))
             for file in [] if table is None else data_files(table):
                 rows = frame(read_file(file))
-                if view is not None:  # of a definition that is not at hand: what its rows could see is not known
+                if view is not None:  # its definition is not available, so what its rows could see is not known
                     seen = could_see(view, self.source, self._erased_or_repeating, rows)
                     rows = rows.filter(seen | rows["row_id"].is_in(self.row_ids.implode()))
                 found.append(rows["row_id"])
@@ -377,12 +379,12 @@ class Erasure:
 
     @property
     def _versions_folder(self) -> str:
-        """Where live jobs keep the versions of the source, if it is a dimension."""
+        """The folder in which live jobs keep the versions of the source, if it is a dimension."""
         return os.path.join(self.store, "dimensions", self.source.name)
 
     @functools.cached_property
     def in_versions(self) -> int:
-        """How many rows of kept versions of the dimension match."""
+        """The number of rows that match in kept versions of the dimension."""
         return rewrite_versions(self._versions_folder, self._version_matches, dry_run=True)
 
     def erase_dimension_versions(self) -> int:
@@ -390,7 +392,8 @@ class Erasure:
         return rewrite_versions(self._versions_folder, self._version_matches)
 
     def _version_matches(self, rows: pl.DataFrame) -> pl.Series:
-        """Whether each row of a version is removed: by the condition if it has its columns, and by its keys."""
+        """Whether each row of a version is removed: by its keys, and by the condition if the version has its
+        columns."""
         keys = [
             [column for _, column in feature.keys]
             for feature in self.definition.view.features
@@ -400,7 +403,7 @@ class Erasure:
         hit = pl.Series(np.zeros(len(rows), np.bool_))
         if {*self.condition.columns} <= {*rows.columns}:
             hit |= self.condition.of(rows)
-        for names in keys:  # a version has only columns that features read, and may have other values of them
+        for names in keys:  # a version has only columns that features read, maybe with other values
             at = rows.with_row_index("#").join(self.erased.select(names).unique(), on=names, how="semi")["#"]
             hit |= pl.Series(np.isin(np.arange(len(rows)), at.to_numpy()))
         return hit
@@ -434,7 +437,7 @@ class Erasure:
         return count, ids
 
     def _predicted(self, rows: pl.DataFrame) -> pl.Series:
-        """Whether each prediction is for an erased row: by its id, and by key and time, whatever the view."""
+        """Whether each prediction is for an erased row: by its id, or by key and time, for any view."""
         names = [
             name
             for name in rows.columns
@@ -454,7 +457,7 @@ class Erasure:
         return count
 
     def erase_examples(self, unaffected_runs: Collection[str]) -> int:
-        """Removes the training examples of every run that is not known to have been trained on something else."""
+        """Removes the training examples of every run, unless the run is known to have been trained on other data."""
         count = 0
         for model, run in folders(os.path.join(self.store, "examples"), 2):
             if run not in unaffected_runs:
@@ -463,7 +466,7 @@ class Erasure:
         return count
 
     def erase_runs(self, registered_runs: Collection[str], unaffected_runs: Collection[str]) -> int:
-        """Removes what runs have left that shows rows: reports, trials, examples of differences."""
+        """Removes files of runs that show rows: reports, trials, examples of differences."""
         count = 0
         for (run,) in folders(os.path.join(self.store, "runs"), 1):
             if run == self.run_id or run in unaffected_runs:
@@ -484,7 +487,7 @@ class Erasure:
         return count
 
     def erase_from_registry(self, model_folders: Collection[str]) -> int:
-        """Removes example rows and reports of registered models; the models themselves stay as they are."""
+        """Removes example rows and reports of registered models; the models themselves stay unchanged."""
         count = 0
         for folder in model_folders:
             example = {"input_example.json": (), "serving_input_example.json": ("dataframe_split",)}
@@ -492,23 +495,23 @@ class Erasure:
                 path = os.path.join(folder, name)
                 if not os.path.isfile(path):
                     continue
-                with understood("The example rows of a model can be read", path, "Restore or delete the file"):
+                with explain_damage("The example rows of a model can be read", path, "Restore or delete the file"):
                     content = parse_object(read_regular(path))
                     rows = functools.reduce(lambda held, key: held[key], inside, content)
                     found = bool(rows["data"])
                 if found:
                     rows["data"], count = [], count + 1
-                    write_aside(folder, name, pa.py_buffer(json.dumps(content).encode()))
+                    write_file_atomically(folder, name, pa.py_buffer(json.dumps(content).encode()))
             above = os.path.dirname(folder.rstrip("/"))
             for name in ("report.html", "report.json"):
                 path = os.path.join(above, name)
                 if os.path.isfile(path) and os.path.getsize(path) != len(_REMOVED[name]):
-                    write_aside(above, name, pa.py_buffer(_REMOVED[name]))
+                    write_file_atomically(above, name, pa.py_buffer(_REMOVED[name]))
                     count += 1
         return count
 
     def erase_source(self) -> int:
-        """Removes the rows from the files of the source, and what it had of older versions."""
+        """Removes the rows from the files of the source, and the files of its older versions."""
         count, own = 0, sources_root(self.store)
         for place in self.places:
             if self.keep_sources and os.path.dirname(place.folder) != own.rstrip("/"):
@@ -530,7 +533,7 @@ class Erasure:
         return count
 
     def unread_files(self) -> list[str]:
-        """Files beside those of the source that no command reads, and that this one does not change."""
+        """Files beside those of the source that no command reads, and that an erasure does not change."""
         return sorted(
             file.path
             for place in self.places
@@ -556,7 +559,7 @@ _REMOVED = {
 
 
 def could_see(view: FeatureView, source: Source, erased: pl.DataFrame, rows: pl.DataFrame) -> pl.Series:
-    """Whether each feature row could see one of the erased rows: of the same key, within the window's length.
+    """Whether each feature row could see one of the erased rows: one with the same key, within the window's length.
 
     A row of a table that lacks a column of the key counts as one that could.
     """
@@ -573,7 +576,7 @@ def could_see(view: FeatureView, source: Source, erased: pl.DataFrame, rows: pl.
         asked = rows.select(mine).with_columns(moment.alias("#at")).with_row_index("#")
         if source.time is None:
             found = asked.join(gone.unique(), on=mine, how="semi")
-        else:  # of the erased rows of its key, the last one that was known then is the one that it could see longest
+        else:  # of the erased rows with its key, the last one that was known before it decides
             known = gone.with_columns(erased[source.time].to_physical().alias("#known")).drop_nulls().sort("#known")
             last = asked.sort("#at").join_asof(known, left_on="#at", right_on="#known", by=mine, check_sortedness=False)
             length = _length(feature)
@@ -584,7 +587,7 @@ def could_see(view: FeatureView, source: Source, erased: pl.DataFrame, rows: pl.
 
 
 def _length(feature: Trailing | Latest | Lookup) -> int | None:
-    """The longest window of a feature in µs; None: without a beginning."""
+    """The longest window of a feature in µs; None for a lifetime window."""
     if isinstance(feature, Trailing):
         lengths = [each.length for each in feature.statistics]
         return None if None in lengths else max(each for each in lengths if each is not None)
@@ -592,7 +595,7 @@ def _length(feature: Trailing | Latest | Lookup) -> int | None:
 
 
 def pipeline_of(folder: str) -> str | None:
-    """The pipeline of a run, by its figures; None if it left none."""
+    """The pipeline of a run, from its figures; None if it has none."""
     try:
         return str(parse_object(read_regular(os.path.join(folder, "run.json")))["pipeline"])
     except (OSError, *DAMAGE):

@@ -1,6 +1,7 @@
-"""What was erased, without what it was: the ids of rows and predictions, counts, and when. `trace` asks it.
+"""Records of erasures, without any erased value: the ids of rows and predictions, counts, and times.
 
-An id is a hash that nothing else in the store holds any more; neither the condition nor a value is kept.
+`trace` reads them. An id is a hash that nothing else in the store contains any more; neither the condition nor a value
+is stored.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import pyarrow as pa
 
 from schemas.views import FeatureView
 from transforms.records.row_hashing import row_ids as ids_of
-from transforms.storage.delta_tables import TableRow, write_aside
-from transforms.storage.stored_json import parse_object, read_regular, understood
+from transforms.storage.delta_tables import TableRow, write_file_atomically
+from transforms.storage.stored_json import explain_damage, parse_object, read_regular
 
-FOLDER = "erasures"
+ERASURES_FOLDER = "erasures"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +28,16 @@ class ErasureRecord:
     """An erasure.
 
     Args:
-        erasure_id: the run that began it.
+        erasure_id: id of the run that began it.
         source: the source that the rows were in.
-        started: when, in UTC as ISO 8601.
-        finished: when; None: it was interrupted, and is completed by the same command.
-        row_ids: of feature rows.
-        prediction_ids: of predictions.
-        counts: rows and files removed, by what they were in.
+        started: when it started, in UTC as ISO 8601.
+        finished: when it finished; None: it was interrupted, and the same command completes it.
+        row_ids: ids of feature rows.
+        prediction_ids: ids of predictions.
+        counts: number of rows and files removed, by where they were.
         models: names and versions of the models that were trained on the rows.
-        live_row_ids: of live feature rows that were removed since they could see an erased row, or were of one.
+        live_row_ids: ids of live feature rows that were removed because they could see an erased row, or belonged to
+            one.
     """
 
     erasure_id: str
@@ -62,7 +64,9 @@ class ErasureRecord:
 
     def write(self, store: str) -> None:
         content = json.dumps(dataclasses.asdict(self), indent=1)
-        write_aside(os.path.join(store, FOLDER), f"{self.erasure_id}.json", pa.py_buffer(content.encode()))
+        write_file_atomically(
+            os.path.join(store, ERASURES_FOLDER), f"{self.erasure_id}.json", pa.py_buffer(content.encode())
+        )
 
 
 def now_text() -> str:
@@ -75,16 +79,16 @@ def erasures(store: str) -> Iterator[ErasureRecord]:
     Raises:
         StoreError: a record cannot be read.
     """
-    folder = os.path.join(store, FOLDER)
+    folder = os.path.join(store, ERASURES_FOLDER)
     found = []
     for name in os.listdir(folder) if "://" not in store and os.path.isdir(folder) else ():
         if name.startswith(".") or not name.endswith(".json"):
             continue
         path = os.path.join(folder, name)
-        with understood("The record of an erasure can be read", path):
+        with explain_damage("The record of an erasure can be read", path):
             raw = parse_object(read_regular(path))
             ids = {each: tuple(raw[each]) for each in ("row_ids", "prediction_ids", "models")}
-            ids["live_row_ids"] = tuple(raw.get("live_row_ids", ()))  # earlier versions did not record them
+            ids["live_row_ids"] = tuple(raw.get("live_row_ids", ()))  # earlier versions did not record these ids
             record = ErasureRecord(**{**raw, **ids})
             record.check()
             found.append(record)
@@ -114,8 +118,8 @@ class Erased:
     """What was erased from a live store.
 
     Args:
-        row_ids: of its feature rows and spine rows.
-        rows: by source, the most rows that were accepted, or rejected, and are gone.
+        row_ids: ids of its feature rows and spine rows.
+        rows: by source, the greatest number of accepted or rejected rows that may be gone.
     """
 
     row_ids: pl.Series

@@ -1,10 +1,10 @@
 """Computes every live feature row again, from exactly the events that it could see, and compares the bits.
 
-The cut of a feature row has, for each partition, the offset up to which it could see.  Cuts only grow, so they are
-ordered, and each event has a first cut that shows it (and, if a repeat that was known earlier replaced it, a first cut
-that no longer does).  If no event that was known before a spine row arrived after its cut, the features over all events
-equal those over the cut.  All such spine rows are computed at once, and the others cut by cut.  For the latter it is
-also counted how many feature rows the later arrivals would change.
+The cut of a feature row has, for each partition, the offset up to which it could see events.  Cuts only grow, so they
+are ordered, and each event has a first cut that shows it (and, if a repeat that was known earlier replaced it, a first
+cut that no longer does).  If no event that was known before a spine row arrived after its cut, the features over all
+events equal those over the cut.  All such spine rows are computed at once, and the others cut by cut.  For the latter,
+the feature rows that later arrivals would change are also counted.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from transforms.lineage.erasure_records import Erased
 from transforms.lineage.visible_rows import Bools, VisibleRows, read_accepted, seen_of
 from transforms.records.row_hashing import row_ids
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
-from transforms.sources.repeats import NEVER, Ints
+from transforms.sources.repeats import NEVER_REPEATED, Ints
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
-from transforms.streaming.live_dimensions import kept
+from transforms.streaming.live_dimensions import kept_version
 from transforms.streaming.live_tables import application_of, last_commit_record, read_feature_rows
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, cut_of
 
@@ -54,14 +54,14 @@ class Parity:
     """The result of a comparison.
 
     Args:
-        features: per feature.
+        features: the comparison of each feature.
         feature_rows: rows compared.
         cuts: distinct cuts among them.
         by_cut: feature rows that were computed by their own cut, since an event arrived after it.
         changed_later: how many of these have a value that later arrivals would change.
         uncomputed: spine rows that were accepted and have no feature row.
         unaccounted: how many of these are neither repeats nor dead letters, and were not pending at the last commit.
-        erased: how many of these could see a row that was erased: their feature rows went with it.
+        erased: how many of these could see a row that was erased, so that their feature rows were erased too.
     """
 
     features: dict[str, Compared]
@@ -78,7 +78,7 @@ class Parity:
         return sum(each.differing for each in self.features.values())
 
 
-def check(view: FeatureView, store: str, start: date | None = None, end: date | None = None) -> Parity:
+def check_parity(view: FeatureView, store: str, start: date | None = None, end: date | None = None) -> Parity:
     """Compares the live feature rows of `[start, end)` with batch.
 
     Raises:
@@ -98,7 +98,7 @@ def check(view: FeatureView, store: str, start: date | None = None, end: date | 
         feature_rows = pl.concat([read_feature_rows(view, file) for file in some])
         for (versions,), part in feature_rows.group_by("__dimensions"):
             dimensions = {
-                name: kept(FileSystems.join(store, "dimensions"), name, version)
+                name: kept_version(FileSystems.join(store, "dimensions"), name, version)
                 for name, version in json.loads(str(versions)).items()
             }
             _check_rows(view, store, part, cuts, dimensions, result)
@@ -138,7 +138,7 @@ def topic_dead_letters(view: FeatureView, store: str) -> pl.DataFrame:
 
 
 def about_spine_rows() -> pl.Expr:
-    """Whether a dead letter is of a spine row that was accepted, and then not computed."""
+    """Whether a dead letter belongs to a spine row that was accepted, and then not computed."""
     return pl.col("rule").str.contains("one key asks one question|no later than the spine's lateness")
 
 
@@ -149,7 +149,7 @@ def rejected_spine_rows(view: FeatureView, store: str) -> pl.DataFrame:
 
 
 def pending(view: FeatureView, store: str) -> int:
-    """Number of spine rows that were pending at the last commit."""
+    """The number of spine rows that were pending at the last commit."""
     tables = [(features_live_uri(store, view.name, view.fingerprint), view.name)]
     tables += [(source_uri(sources_root(store), name), name) for name in (view.spine.name, *view.events)]
     records = [last_commit_record(open_table(uri), application_of(name)) for uri, name in tables]
@@ -205,7 +205,10 @@ def _check_rows(
     moments = spine_rows[view.time].to_physical().to_numpy()
     disturbed = disturbed_by(seen.values(), moments, of_row)
     whole = _computed(
-        view, spine_rows, {name: each.at(NEVER - 1, -NEVER, NEVER) for name, each in seen.items()}, dimensions
+        view,
+        spine_rows,
+        {name: each.at(NEVER_REPEATED - 1, -NEVER_REPEATED, NEVER_REPEATED) for name, each in seen.items()},
+        dimensions,
     )
     batch = whole
     if disturbed.any():
@@ -229,7 +232,7 @@ def _check_rows(
 
 
 def disturbed_by(seen: Iterable[VisibleRows], moments: Ints, cuts: Ints) -> Bools:
-    """Spine rows with an event before their time that began or ceased to count after their cut."""
+    """Spine rows for which an event before their time began or ceased to count after their cut."""
     result = np.zeros(len(moments), np.bool_)
     for each in seen:
         if not len(each.moments):

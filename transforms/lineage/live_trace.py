@@ -18,13 +18,14 @@ from transforms.streaming.row_origin import cut_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Visible:
+class LiveVisibleSource:
     """What a live feature row could see of one source.
 
     Args:
         table: where its accepted rows are; None if they are not in this store.
         cut: next offset per partition.
-        days: (UTC day, rows that a feature could reach), of the spine none unless it is a source of events too.
+        days: (UTC day, number of rows that a feature could reach); empty for the spine unless it is also a source of
+            events.
     """
 
     source: str
@@ -34,7 +35,7 @@ class Visible:
 
 
 @dataclasses.dataclass(frozen=True)
-class Looked:
+class DimensionUsed:
     """The version of a dimension that a feature row used, and its file; None if the file is gone."""
 
     source: str
@@ -42,7 +43,7 @@ class Looked:
     path: str | None
 
 
-def visible_to(view: FeatureView, store: str, row: TableRow) -> list[Visible]:
+def visible_to(view: FeatureView, store: str, row: TableRow) -> list[LiveVisibleSource]:
     """What the feature row `row` of the live feature table could see; the spine is first."""
     cut = cut_of(row["__cut"])
     at = int(pl.Series([row[view.time]]).cast(pl.Datetime("us", "UTC")).to_physical()[0])
@@ -56,14 +57,14 @@ def visible_to(view: FeatureView, store: str, row: TableRow) -> list[Visible]:
             seen = seen_of(view, store, name, [row["__cut"]], row["date"], row["date"])
             times = seen.at(0, reached_from(view, name, at), at)[str(view.events[name].time)]
             days = tuple(pl.DataFrame({"day": times.dt.date()}).group_by("day").len().sort("day").iter_rows())
-        result.append(Visible(name, table, offsets, days))
+        result.append(LiveVisibleSource(name, table, offsets, days))
     return result
 
 
-def looked_up(store: str, row: TableRow) -> list[Looked]:
+def dimensions_used(store: str, row: TableRow) -> list[DimensionUsed]:
     """The dimensions that the feature row used."""
     result = []
     for name, version in json.loads(row["__dimensions"] or "{}").items():
         path = FileSystems.join(store, "dimensions", name, f"{version}.arrow")
-        result.append(Looked(name, version, path if FileSystems.exists(path) else None))
+        result.append(DimensionUsed(name, version, path if FileSystems.exists(path) else None))
     return result

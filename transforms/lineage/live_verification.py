@@ -1,7 +1,7 @@
 """Computes live feature rows again by plain code, each from the rows that its cut shows.
 
-Which rows a feature row could see is decided by the same code as in `parity`.  What is computed from them shares no
-code with it.
+Which rows a feature row could see is decided by the same code as in `parity`.  The features are computed from them by
+other code.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from schemas.views import FeatureView
 from transforms.lineage.visible_rows import VisibleRows, seen_of
 from transforms.records.record_batches import frame
 from transforms.sources.contracts import Contract
-from transforms.sources.repeats import NEVER
+from transforms.sources.repeats import NEVER_REPEATED
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, source_uri, sources_root
-from transforms.streaming.live_dimensions import kept
+from transforms.streaming.live_dimensions import kept_version
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, cut_of
 from transforms.verification.check import Verified, verify_rows
-from transforms.verification.plain_sources import Frames
-from transforms.verification.sample import choose, choose_files, every_row
+from transforms.verification.plain_sources import SourceFrames
+from transforms.verification.sample import choose_files, choose_rows, every_row
 
 # Feature rows whose sources are read together.
 AT_ONCE = 5_000
@@ -36,7 +36,7 @@ AT_ONCE = 5_000
 def verify_live(
     view: FeatureView, store: str, rows: int | None, run_id: str, start: date | None = None, end: date | None = None
 ) -> Verified:
-    """Verifies so many live feature rows (None: all) of `[start, end)`.
+    """Verifies a number of live feature rows (None: all) of `[start, end)`.
 
     Raises:
         DataError: there are no feature rows.
@@ -55,7 +55,7 @@ def verify_live(
         parts = every_row(files, AT_ONCE)
     else:
         chosen, starts = choose_files(files, max(rows // 12, 1), run_id)
-        parts = iter([choose(view, chosen, starts, rows, run_id).rows])
+        parts = iter([choose_rows(view, chosen, starts, rows, run_id).rows])
     result = Verified(of=total)
     for feature_rows in parts:
         for (day,), some in feature_rows.group_by("date", maintain_order=True):
@@ -91,13 +91,15 @@ def _spine_rows(view: FeatureView, store: str, feature_rows: pl.DataFrame, day: 
 
 def _as_of(
     view: FeatureView, store: str, seen: Mapping[str, VisibleRows], cut: int, versions: Mapping[str, str]
-) -> Frames:
+) -> SourceFrames:
     """The sources as a feature row of the cut saw them."""
-    frames = {name: each.at(cut, -NEVER, NEVER) for name, each in seen.items()}
+    frames = {name: each.at(cut, -NEVER_REPEATED, NEVER_REPEATED) for name, each in seen.items()}
     folder = FileSystems.join(store, "dimensions")
-    frames |= {name: kept(folder, name, version) for name, version in versions.items() if name in view.dimensions}
+    frames |= {
+        name: kept_version(folder, name, version) for name, version in versions.items() if name in view.dimensions
+    }
     contracts = {name: Contract(source, _columns(view, name)) for name, source in view.sources.items()}
-    return Frames(contracts, frames)
+    return SourceFrames(contracts, frames)
 
 
 def _columns(view: FeatureView, name: str) -> tuple[str, ...]:

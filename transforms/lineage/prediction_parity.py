@@ -13,9 +13,9 @@ from deltalake import DeltaTable
 from schemas.views import FeatureView
 from transforms.inference.live_output import Outlet
 from transforms.models.registry import Registry
-from transforms.models.scoring import Pinned, Scorer, open_scorer, predict
+from transforms.models.scoring import PinnedModel, Scorer, open_scorer, predict
 from transforms.records.record_batches import batch, frame
-from transforms.records.value_text import shown
+from transforms.records.value_text import format_value
 from transforms.storage.delta_tables import data_files, open_table, read_group
 from transforms.storage.paths import features_live_uri
 
@@ -35,7 +35,7 @@ class Rescored:
         other_cut: predictions of a feature row that had another cut on the topic than in the table; not compared.
         compared: number of predictions compared, by version.
         differing: predictions that differ in any bit from a batch job's.
-        examples: some of those, in words.
+        examples: some of those, as text.
     """
 
     feature_rows: int = 0
@@ -84,7 +84,7 @@ def rescore(
             name = str(version)
             if name not in scorers:
                 _, folder, digest = models.locate(model, name)
-                scorers[name] = open_scorer(Pinned(folder, name, digest))
+                scorers[name] = open_scorer(PinnedModel(folder, name, digest))
             _compare(found, view, scorers[name], rows.join(part, on="row_id", how="semi"), part)
     return found
 
@@ -97,7 +97,7 @@ def _rows(table: DeltaTable | None, day: date) -> pl.DataFrame | None:
 def _compare(found: Rescored, view: FeatureView, scorer: Scorer, rows: pl.DataFrame, published: pl.DataFrame) -> None:
     again = frame(predict(scorer, batch(rows, view.output_schema), str(published["arm"][0]))).sort("row_id")
     published = published.select(again.columns).sort("row_id")
-    # As bits: two NaN are the same, 0.0 and −0.0 are not.
+    # As bits: two NaN are equal, 0.0 and −0.0 are not.
     floats = [pl.col(name).reinterpret(signed=True) for name, dtype in again.schema.items() if dtype.is_float()]
     same = (
         again.with_columns(floats)
@@ -115,8 +115,8 @@ def _compare(found: Rescored, view: FeatureView, scorer: Scorer, rows: pl.DataFr
     ):
         if len(found.examples) < EXAMPLES:
             differ = [
-                f"{name} {shown(live[name], again.schema[name])} live, {shown(batched[name], again.schema[name])} batch"
-                for name in live
+                f"{name} {format_value(live[name], dtype)} live, {format_value(batched[name], dtype)} batch"
+                for name, dtype in again.schema.items()
                 if live[name] != batched[name]
             ]
             found.examples.append(f"row {live['row_id']} by version {scorer.version}: {'; '.join(differ)}")

@@ -11,7 +11,7 @@ from deltalake import DeltaTable
 
 from schemas.errors import DataError, DefinitionError, StoreError
 from schemas.views import FeatureView, lifetime_sources, reached_from
-from transforms.features.manifest import VERSION, Manifest
+from transforms.features.manifest import MANIFEST_VERSION, Manifest
 from transforms.features.manifest_store import read_manifest
 from transforms.records.times import day_number
 from transforms.sources.data_files import stamp_of
@@ -27,7 +27,7 @@ from transforms.storage.vacuum import files_below
 
 @dataclasses.dataclass(frozen=True)
 class TableSummary:
-    """A table at a glance.  `version` is None of a folder of Parquet files, and of a table without a commit."""
+    """A summary of a table.  `version` is None for a folder of Parquet files, and for a table without a commit."""
 
     table: str
     version: int | None
@@ -41,8 +41,8 @@ class TableSummary:
     at: datetime | None
 
 
-def describe(store: str) -> list[TableSummary]:
-    """Every table of the store; of sources also those that are Parquet files.
+def describe_tables(store: str) -> list[TableSummary]:
+    """Every table of the store, and sources that are Parquet files.
 
     Raises:
         StoreError: a table's log cannot be read.
@@ -108,9 +108,9 @@ class VisibleSource:
     """What a spine row could see of one source.
 
     Args:
-        days: [(day since 1970, rows, digest)], of a dimension none.
-        digest: of a dimension, as last used.
-        files: path, stamp, and what has become of the file since.
+        days: [(day since 1970, number of rows, digest)]; empty for a dimension.
+        digest: digest of a dimension, as last used.
+        files: path, stamp, and what has happened to the file since.
     """
 
     source: str
@@ -121,7 +121,7 @@ class VisibleSource:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Origin:
-    """Where a feature row came from."""
+    """The origin of a feature row."""
 
     row: TableRow
     table: str
@@ -129,14 +129,14 @@ class Origin:
     file: DataFile
     commit: CommitInfo
     seen: tuple[VisibleSource, ...]
-    outdated: bool = False  # written by a version whose windows over all history may be wrong
+    outdated: bool = False  # whether it was written by a version whose lifetime windows may be wrong
 
 
 def view_table(store: str, view: FeatureView, version: int | None = None, position: str = "features") -> DeltaTable:
     """The feature table of the view.
 
     Raises:
-        StoreError: there is none; other fingerprints are named.
+        StoreError: there is no such table; the error names tables with other fingerprints.
     """
     uri = FileSystems.join(store, position, view.name, view.fingerprint)
     return open_feature_table(uri, "millrace features", version, mismatch=StoreError)
@@ -163,11 +163,11 @@ def find_rows(
     return found
 
 
-def key_of(view: FeatureView, words: Sequence[str]) -> dict[str, object]:
-    """`["flight_id=123"]` as values of the key's columns.
+def parse_key(view: FeatureView, words: Sequence[str]) -> dict[str, object]:
+    """Parses `["flight_id=123"]` as values of the key's columns.
 
     Raises:
-        DefinitionError: another column, one left out, a value of another type.
+        DefinitionError: a column is not part of the key, is missing, or has a value of another type.
     """
     example = " ".join(f"--key {name}=…" for name in view.key)
     given = dict(word.split("=", 1) for word in words if "=" in word)
@@ -200,14 +200,14 @@ def key_of(view: FeatureView, words: Sequence[str]) -> dict[str, object]:
     return values
 
 
-def origin(view: FeatureView, table: DeltaTable, file: DataFile, row: TableRow) -> Origin:
-    """Where the row of that file came from: the commit that added the file, and what its run had read."""
+def origin_of(view: FeatureView, table: DeltaTable, file: DataFile, row: TableRow) -> Origin:
+    """The origin of a row in a file: the commit that added the file, and what its run had read."""
     uri, entry = table_root(table), commit_of(table, file)
     made = open_table(uri, entry["version"]) if "version" in entry else None
     manifest = read_manifest(made) if made is not None else None
     store = uri.rsplit("/", 3)[0]
     seen = () if manifest is None else tuple(_seen(view, store, manifest, row[view.time]))
-    old = manifest is not None and manifest.version < VERSION and bool(lifetime_sources(view))
+    old = manifest is not None and manifest.version < MANIFEST_VERSION and bool(lifetime_sources(view))
     return Origin(row, uri, int(table.version()), file, entry, seen, old)
 
 
@@ -239,7 +239,7 @@ def _files(
 
 
 def _since(path: str, stamp: str) -> str:
-    """What has become of a file since it had this stamp."""
+    """What has happened to a file since it had this stamp."""
     try:
         return "unchanged" if stamp_of(path) == stamp else "changed since"
     except (OSError, ValueError):
@@ -249,11 +249,12 @@ def _since(path: str, stamp: str) -> str:
 def find_prediction(
     store: str, prediction: int, model: str | None = None, day: date | None = None, live: bool = False
 ) -> tuple[str, DeltaTable, DataFile, TableRow]:
-    """(Place and name of the table, table, file, row) of a prediction; of a live one if no batch job made it, or `live`
-    ones are meant.
+    """(Path and name of the table, table, file, row) of a prediction.
+
+    A live prediction is found if `live` is set, or if no batch job made it.
 
     Raises:
-        DataError: no such prediction.
+        DataError: there is no such prediction.
     """
     looked = []
     positions = ("predictions_live",) if live else ("predictions", "predictions_live")
@@ -263,7 +264,7 @@ def find_prediction(
             None,
             of,
             of.partition(".")[0],
-        )  # a job of another alias writes to model.alias
+        )  # a job with another alias writes to the table `<model>.<alias>`
         table = open_table(FileSystems.join(store, *name.split("/"))) if mine else None
         if table is None:
             continue
@@ -280,7 +281,7 @@ def find_prediction(
 def commit_of(table: DeltaTable, file: DataFile) -> CommitInfo:
     """The metadata of the commit of these rows; empty if the log does not have it any more.
 
-    Rows that were copied into a file of another run belong to the commit of the file that they come from.
+    Rows that were copied into a file of another run belong to the commit of the file from which they were copied.
     """
     uri = table_root(table)
     inside = file.origin or file.path[len(uri) + 1 :]

@@ -10,27 +10,27 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
-    from transforms.models.bundle import Bundle, digest_of, load, model_manifest, read_bytes, save
+    from transforms.models.bundle import Bundle, bundle_digest, load_bundle, model_manifest, read_bytes, save_bundle
     from transforms.models.encoders import (
         EXACT,
         EncoderState,
         Encoding,
         Fitted,
         Matrix,
-        column_of,
+        as_categories,
+        as_distinct_values,
+        as_doubles,
+        as_int64,
         columns_needed,
-        distinguished,
-        integers,
+        input_column,
         is_whole,
-        numbers,
-        texts,
     )
     from transforms.models.mlflow_pyfunc import load_pyfunc
     from transforms.models.problem_identity import problem_of, require_same_problem
     from transforms.models.registry import CHAMPION, RUN, Registry, RunRecord, preparing_database, registry_uri
     from transforms.models.scoring import (
         ARM,
-        Pinned,
+        PinnedModel,
         Score,
         Scorer,
         carried_name,

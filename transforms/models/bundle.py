@@ -60,7 +60,7 @@ class Bundle:
         return int(self.manifest["classes"] or 1)
 
 
-def save(bundle: Bundle, folder: str | Path) -> str:
+def save_bundle(bundle: Bundle, folder: str | Path) -> str:
     """Write the bundle into `folder` (local, or any filesystem Beam knows) and return its digest.
 
     The manifest is written last: after an interrupted write it is missing, or its digests do not match the files.
@@ -90,11 +90,11 @@ def save(bundle: Bundle, folder: str | Path) -> str:
     return _sha256(text)
 
 
-def load(folder: str | Path, digest: str | None = None) -> Bundle:
+def load_bundle(folder: str | Path, digest: str | None = None) -> Bundle:
     """Load the bundle in `folder`; all digests are checked before anything is parsed.
 
     Args:
-        folder: a folder that `save` wrote.
+        folder: a folder that `save_bundle` wrote.
         digest: the manifest's expected SHA-256; None accepts the manifest as it is.
 
     Raises:
@@ -142,7 +142,7 @@ def model_manifest(folder: str | Path) -> ModelManifest:
     return _parsed(ModelManifest, read_bytes(folder, MANIFEST), folder)
 
 
-def digest_of(folder: str | Path) -> str:
+def bundle_digest(folder: str | Path) -> str:
     """SHA-256 of the folder's manifest, which identifies every file of the bundle."""
     return _sha256(read_bytes(folder, MANIFEST))
 

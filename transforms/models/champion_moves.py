@@ -1,4 +1,4 @@
-"""Moves of the alias `champion`: one at a time, each with its record (docs/adr/0014)."""
+"""Moves of the alias `champion`: one at a time, and each has a record (docs/adr/0014)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from schemas.errors import StoreError
+from transforms.models.registry_content import RegistryContent
 from transforms.models.stored_records import ChampionMove
 from transforms.storage.stored_json import DAMAGE, parse_record
 
@@ -29,7 +30,7 @@ ROLLBACK = "rollback: "
 # Kinds of record.  A confirmation names the version that was champion already.  Records of earlier versions of Millrace
 # have neither a kind nor a sequence number.
 PROMOTION, RETURN, CONFIRMATION = "promotion", "rollback", "confirmation"
-LONGEST = 5000  # characters of a tag's value in MLflow
+LONGEST_TAG = 5000  # characters of a tag's value in MLflow
 WAIT = 60.0
 
 
@@ -75,24 +76,29 @@ class ChampionMoves:
     """The alias `champion` of one registered model, and the records of its moves, which are tags of the model.
 
     A move is written in three steps: a pending record, the alias, and the record without its mark.  A pending record
-    whose version is champion is a move that happened; any other is one that was cut short, and is removed by the next
-    move.  Whoever moves holds `only_move`.
+        whose version is champion is a move that happened; any other pending record is of an interrupted move, and the
+        next move removes it.  A move holds `only_move`.
 
     Args:
-        client: MLflow's client.
+        content: where alias and records are read.
         name: the registered model.
+        client: MLflow's client, to move the alias.
     """
 
-    def __init__(self, client: MlflowClient, name: str) -> None:
-        self.client, self.name = client, name
+    def __init__(self, content: RegistryContent, name: str, client: MlflowClient | None = None) -> None:
+        self.content, self.name, self._client = content, name, client
         self.read()
+
+    @property
+    def client(self) -> MlflowClient:
+        if self._client is None:
+            raise ValueError("the alias is moved with MLflow's client")
+        return self._client
 
     def read(self) -> None:
         """Read alias and records."""
-        found = self.client.search_registered_models(f"name='{self.name}'")
-        model = self.client.get_registered_model(self.name) if found else None
-        aliases: Mapping[str, object] = model.aliases if model else {}
-        self.champion = None if CHAMPION not in aliases else str(aliases[CHAMPION])
+        model = self.content.model(self.name)
+        self.champion = model.aliases.get(CHAMPION) if model else None
         self.tags: dict[str, ChampionMove] = {}
         for tag, text in (model.tags if model else {}).items():
             if tag.startswith(f"{CHAMPION}.") and (record := _parsed(tag, text)) is not None:
@@ -100,15 +106,15 @@ class ChampionMoves:
 
     @property
     def records(self) -> list[ChampionMove]:
-        """Records of what happened, in the order in which it happened, with confirmations."""
+        """Records of moves that happened, in their order, with confirmations."""
         ordered = sorted(self.tags.items(), key=lambda each: (each[1].get("sequence", 0), each[0]))
         records = [
             _dated(tag, record)
             for tag, record in ordered
             if not record.get("pending") or record["version"] == self.champion
         ]
-        # Earlier versions of Millrace had no mark: such a record is of a move cut short if the next move, or now the
-        # alias, still starts where it started.
+        # Earlier versions of Millrace wrote no mark: such a record is of an interrupted move if the next move, or now
+        # the alias, still starts where it started.
         after = [record["before"] for record in records[1:]] + [self.champion]
         return [
             _settled(record)
@@ -118,7 +124,7 @@ class ChampionMoves:
 
     @property
     def moves(self) -> list[ChampionMove]:
-        """Records of moves alone."""
+        """Records of moves, without confirmations."""
         return [record for record in self.records if record.get("kind") != CONFIRMATION]
 
     def promote(self, version: str, why: str, who: str, kind: str = PROMOTION) -> str | None:
@@ -167,7 +173,7 @@ class ChampionMoves:
         return stack[-2]
 
     def _new_tag(self) -> str:
-        """A name that no record has.  Its time is only shown: the sequence number orders."""
+        """A name that no record has.  Its time is only for display: the sequence number decides the order."""
         at = datetime.now(UTC)
         while (tag := f"{CHAMPION}.{at:%Y-%m-%dT%H:%M:%S.%fZ}") in self.tags:  # a tag's name takes no +
             at += timedelta(microseconds=1)
@@ -175,14 +181,14 @@ class ChampionMoves:
 
     def _record(self, tag: str, record: ChampionMove) -> None:
         record = {**record, "who": record["who"][:200]}
-        while len(text := json.dumps(record, ensure_ascii=False)) > LONGEST:
+        while len(text := json.dumps(record, ensure_ascii=False)) > LONGEST_TAG:
             record["why"] = record["why"][: len(record["why"]) * 3 // 4] + "…"
         self.client.set_registered_model_tag(self.name, tag, text)
         self.tags[tag] = record
 
 
 def _dated(tag: str, record: ChampionMove) -> ChampionMove:
-    """The record with the moment that its tag names; one that it has itself comes first, as in the tag."""
+    """The record with the time in its tag's name, unless it has a time of its own."""
     dated: ChampionMove = {"at": tag.removeprefix(f"{CHAMPION}."), **record}
     return dated
 

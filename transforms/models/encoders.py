@@ -45,7 +45,7 @@ class EncoderState(TypedDict, total=False):
         prior: mean of the label over all rows.
         offset, scale, rest: a value is encoded as (value - offset - rest) / scale.
         boundaries: of buckets; integers if `whole`.
-        value: what is put in place of null.
+        value: the value that replaces null.
         base: integer that is subtracted from integers beyond 2^24 before they become floats.
         columns: number of float32 columns whose sum is a value that is passed through or imputed.
     """
@@ -108,24 +108,24 @@ class Encoding:
         elif "columns" in self.state and "base" in self.state:
             self._write_whole(column, matrix)
         elif "columns" in self.state:
-            left = self._number(numbers(column))
+            left = self._number(as_doubles(column))
             for position in range(matrix.shape[1]):
                 matrix[:, position] = left
                 left = left - matrix[:, position]
         elif self.state.get("whole"):
-            whole, known = integers(column)
+            whole, known = as_int64(column)
             bucket = np.searchsorted(np.array(self.state["boundaries"], np.int64), whole, side="right")
             matrix[:, 0] = np.where(known, bucket, np.nan)
         elif "base" in self.state:
-            whole, known = integers(column)
+            whole, known = as_int64(column)
             values = (_difference(whole, self.state["base"]) - self.state["offset"]) / self.state["scale"]
             matrix[:, 0] = _missing_unless_finite(np.where(known, values, np.nan))
         else:
-            matrix[:, 0] = _missing_unless_finite(self._number(numbers(column)))
+            matrix[:, 0] = _missing_unless_finite(self._number(as_doubles(column)))
 
     def _write_whole(self, column: pa.Array, matrix: Matrix) -> None:
         """x − base as a sum of float32s: the nearest one, the nearest to the remainder, and so on."""
-        base, (whole, known) = self.state["base"], integers(column)
+        base, (whole, known) = self.state["base"], as_int64(column)
         # Arithmetic modulo 2^64 suffices for the remainder, which is less than 2^41.
         left = whole.view(np.uint64) - np.uint64(base % (1 << 64))
         nearest = _difference(whole, base)
@@ -213,7 +213,7 @@ class Fitted:
         Raises:
             MismatchError: an input is not in `batch`, or has another type.
         """
-        columns = [column_of(batch, each) for each in self.encodings]
+        columns = [input_column(batch, each) for each in self.encodings]
         matrix = np.empty((batch.num_rows, sum(len(each.names) for each in self.encodings)), np.float32)
         position = 0
         for each, column in zip(self.encodings, columns):
@@ -257,7 +257,7 @@ class Fitted:
 _RENAME = str.maketrans({"[": "(", "]": ")", "<": "‹"})
 
 
-def column_of(batch: pa.RecordBatch, each: Encoding) -> pa.Array:
+def input_column(batch: pa.RecordBatch, each: Encoding) -> pa.Array:
     """The input's column, in the type of its training (strings may be large or dictionary-encoded)."""
     position = batch.schema.get_field_index(each.input)
     if position < 0:
@@ -278,7 +278,7 @@ def column_of(batch: pa.RecordBatch, each: Encoding) -> pa.Array:
     return column
 
 
-def numbers(column: pa.Array) -> Floats:
+def as_doubles(column: pa.Array) -> Floats:
     """A numeric or boolean column as doubles; NaN for null, NaN and values beyond float32."""
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int8())
@@ -292,7 +292,7 @@ def is_whole(kind: str) -> bool:
     return kind in ("int32", "int64")
 
 
-def integers(column: pa.Array) -> tuple[Counts, npt.NDArray[np.bool_]]:
+def as_int64(column: pa.Array) -> tuple[Counts, npt.NDArray[np.bool_]]:
     """An integer column as int64, with 0 for null, and whether each value is known."""
     known = column.is_valid().to_numpy(zero_copy_only=False)
     values = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
@@ -314,7 +314,7 @@ def _difference(whole: Counts, base: int) -> Floats:
     return high * 2.0**32 + low
 
 
-# Inputs of which this process has warned.
+# Inputs about which this process has already warned.
 _warned: set[str] = set()
 
 
@@ -323,13 +323,13 @@ def _missing_unless_finite(values: Floats) -> Floats:
     return np.where(outside, np.nan, values) if outside.any() else values
 
 
-def texts(column: pa.Array) -> pa.Array:
+def as_categories(column: pa.Array) -> pa.Array:
     """A column as categories: strings unchanged, other types as text; NaN becomes null."""
-    return column if pa.types.is_string(column.type) else distinguished(column).cast(pa.string())
+    return column if pa.types.is_string(column.type) else as_distinct_values(column).cast(pa.string())
 
 
-def distinguished(column: pa.Array) -> pa.Array:
-    """A column of values that are equal where their texts are: of 0.0 and -0.0 only one, and null instead of NaN."""
+def as_distinct_values(column: pa.Array) -> pa.Array:
+    """A column whose values are equal if their texts are equal: 0.0 replaces -0.0, and null replaces NaN."""
     if pa.types.is_timestamp(column.type):
         return column.cast(pa.int64())
     if pa.types.is_floating(column.type):
@@ -340,7 +340,7 @@ def distinguished(column: pa.Array) -> pa.Array:
 
 def _codes(column: pa.Array, categories: pa.Array) -> Matrix:
     """Position of each category as a float32; the number of categories for an unseen one, NaN for null."""
-    strings = texts(column)
+    strings = as_categories(column)
     codes = pc.fill_null(pc.index_in(strings, value_set=categories), len(categories)).to_numpy(zero_copy_only=False)
     result: Matrix = codes.astype(np.float32)
     if strings.null_count:
@@ -350,7 +350,7 @@ def _codes(column: pa.Array, categories: pa.Array) -> Matrix:
 
 def _hashed(column: pa.Array, buckets: int) -> Matrix:
     """`transforms.records.row_hashing.hash_column` of each text, modulo `buckets`; NaN for null."""
-    coded = texts(column).dictionary_encode()
+    coded = as_categories(column).dictionary_encode()
     hashes = hash_column(pl.Series(pl.from_arrow(coded.dictionary)))
     positions = np.append((hashes % np.uint64(buckets)).astype(np.float32), np.float32(np.nan))
     result: Matrix = positions[pc.fill_null(coded.indices, len(hashes)).to_numpy(zero_copy_only=False)]

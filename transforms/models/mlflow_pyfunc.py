@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from schemas.errors import MismatchError
 from schemas.tables import scores
-from transforms.models.scoring import Pinned, Scorer, open_scorer, score
+from transforms.models.scoring import PinnedModel, Scorer, open_scorer, score
 
 
 class PyfuncModel:
@@ -70,4 +70,4 @@ def load_pyfunc(path: str) -> PyfuncModel:
 
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     metadata = mlflow.models.Model.load(os.path.join(folder, "MLmodel")).metadata or {}
-    return PyfuncModel(open_scorer(Pinned(folder, digest=metadata.get("manifest_sha256"))))
+    return PyfuncModel(open_scorer(PinnedModel(folder, digest=metadata.get("manifest_sha256"))))

@@ -1,5 +1,5 @@
-"""The prediction problem of a registered model.  A name has one problem, whatever features and parameters its versions
-have."""
+"""The prediction problem of a registered model.  A name stands for one problem, whatever features and parameters its
+versions have."""
 
 from __future__ import annotations
 

@@ -32,24 +32,23 @@ from transforms.models.bundle import (
     Bundle,
     check_digest,
     check_mlmodel,
-    digest_of,
-    load,
     read_bytes,
-    save,
+    save_bundle,
 )
 from transforms.models.champion_moves import CHAMPION, RETURN, ROLLBACK, ChampionMoves, only_move
 from transforms.models.registry_address import (
+    absolute_address,
     artifacts_folder,
-    checked,
     file_uri,
     follow_move,
     registry_uri,
     relative_address,
     require_sqlite,
-    shown,
     sqlite_path,
     sqlite_uri,
+    without_password,
 )
+from transforms.models.registry_content import EmptyContent, MlflowContent, RegistryContent, sqlite_content
 from transforms.models.stored_records import ChampionMove, RequestExample
 from transforms.storage import durable
 from transforms.storage.paths import MANIFEST
@@ -57,9 +56,8 @@ from transforms.storage.paths import MANIFEST
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
-    from mlflow.entities.model_registry import ModelVersion
 
-__all__ = ["CHAMPION", "Bundle", "Registry", "digest_of", "load", "registry_uri", "save"]
+__all__ = ["CHAMPION", "Registry", "registry_uri"]
 
 # Tags on MLflow's runs and versions.
 RUN, DIGEST, FINGERPRINT = "millrace.run_id", "millrace.manifest_sha256", "millrace.fingerprint"
@@ -74,9 +72,9 @@ class RunRecord:
     Args:
         params: parameters, shown as text of at most 6000 characters.
         metrics: numbers; None and NaN are left out.
-        artifacts: a local folder whose files are logged beside the model.
+        artifacts: a local folder; its files are logged beside the model.
         tags: tags of the run and of the version.
-        example: raw rows as a request has them (`columns`, `data`), stored as MLflow's input example.
+        example: raw rows in the form of a request (`columns`, `data`), stored as MLflow's input example.
     """
 
     params: Mapping[str, object] = dataclasses.field(default_factory=dict)
@@ -95,8 +93,8 @@ class RegisteredVersion:
         champion: whether it has the alias `champion`.
         at: ms since 1970.
         run: id of Millrace's run.
-        gates: which gates failed, in words; or that all hold.
-        metrics: what MLflow has of the run.
+        gates: text that names the gates that failed, or states that all hold.
+        metrics: the metrics of the run in MLflow.
     """
 
     version: str
@@ -123,16 +121,16 @@ class Registry:
     def register(self, bundle: Bundle, run_id: str, record: RunRecord | None = None) -> str:
         """Record a training run and register its model; returns the version.
 
-        A second call with the same `run_id` adds what is missing and returns the same version, also when the first was
+        A second call with the same `run_id` adds what is missing and returns the same version, even if the first was
         killed.  The alias `champion` does not move.
 
         Args:
             bundle: the model, registered under its manifest's `model` and logged as an MLflow model folder `model/`.
             run_id: Millrace's run id, a tag of the MLflow run.
-            record: what else MLflow shows of the run.
+            record: what MLflow shows of the run besides its model.
         """
         record = record or RunRecord()
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", bundle.name):  # it names a folder
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", bundle.name):  # because it names a folder
             rule = "The name of a registered model is lower-case letters, digits and underscores"
             raise StoreError(rule, repr(bundle.name), "Train the model again")
         with self.client(write=True) as client:
@@ -172,23 +170,23 @@ class Registry:
 
     def bearer(self, name: str, alias: str) -> str | None:
         """The version that has `alias`, or None."""
-        with self.client() as client:
-            return None if client is None else self._aliases(client, name).get(alias)
+        with self.reading() as content:
+            return _aliases(content, name).get(alias)
 
     def numbers(self, name: str) -> list[str]:
         """Versions that Millrace registered under `name`, oldest first."""
-        with self.client() as client:
-            found = {} if client is None else self._versions(client, name)
+        with self.reading() as content:
+            found = content.versions(name)
         return [version for version, each in found.items() if DIGEST in each.tags]
 
     def run_of(self, name: str, version: str) -> str:
         """The id of the run that registered a version, or "" if it is not recorded."""
-        with self.client() as client:
-            found = {} if client is None else self._versions(client, name)
+        with self.reading() as content:
+            found = content.versions(name)
         return str(found[version].tags.get(RUN, "")) if version in found else ""
 
     def resolve(self, name: str, version: str | int | None = None) -> tuple[str, str]:
-        """Find a version and the folder that `load` reads it from, and check its manifest's digest.
+        """Find a version and the folder that `load_bundle` reads it from, and check its manifest's digest.
 
         Files that Beam cannot read at their address are downloaded into a temporary folder.
 
@@ -209,12 +207,12 @@ class Registry:
         Raises:
             StoreError: no such model or version, no champion.
         """
-        with self.client() as client:
-            versions = {} if client is None else self._versions(client, name)
-            if client is None or not versions:
+        with self.reading() as content:
+            versions = content.versions(name)
+            if not versions:
                 value = f"no model {name!r} in {self.uri}"
                 raise StoreError("A model is registered before it is used", value, "Train one with: millrace training")
-            if version is None and (version := self._aliases(client, name).get(CHAMPION)) is None:
+            if version is None and (version := _aliases(content, name).get(CHAMPION)) is None:
                 value = f"{name!r} with versions {', '.join(versions)}"
                 raise StoreError(
                     "A model has a champion once one passed its gates",
@@ -227,26 +225,21 @@ class Registry:
                     repr(str(version)),
                     f"Registered: {', '.join(versions) or 'none'}",
                 )
-            folder = self._folder(client, name, found)
+            recorded = content.address(name, found.version)
         if (expected := found.tags.get(DIGEST)) is None:
             value = f"version {version} of {name!r} without the tag {DIGEST}"
             raise StoreError(
                 "Millrace scores with models that it registered", value, "Register it with: millrace training"
             )
-        return str(version), folder, expected
+        return found.version, self._folder(recorded, found.run_id), expected
 
     def models(self) -> list[tuple[str, str]]:
         """(Name, version) of every model that Millrace registered, by name and version."""
-        with self.client() as client:
-            names, page = [], "" if client is not None else None
-            while page is not None:
-                found = client.search_registered_models(max_results=1000, page_token=page or None)
-                names += [model.name for model in found]
-                page = found.token or None
+        with self.reading() as content:
             return [
                 (name, version)
-                for name in sorted(names)
-                for version, each in self._versions(client, name).items()
+                for name in content.names()
+                for version, each in content.versions(name).items()
                 if DIGEST in each.tags
             ]
 
@@ -273,14 +266,14 @@ class Registry:
             return moves.champion
 
     def rollback(self, name: str, why: str, who: str | None = None) -> tuple[str, str]:
-        """Make the previous champion the champion again; returns (from, to).  A second call goes back one further.
+        """Makes the previous champion the champion again; returns (from, to).  A second call goes back one more step.
 
         Raises:
             StoreError: there was no champion before, or as `promote`.
         """
         with self._moves(name) as moves:
             target = moves.previous()
-            self._require(moves.client, name, target)
+            _require(moves.content, name, target)
             before = moves.promote(target, f"{ROLLBACK}{why}", who or _user(), RETURN)
             return str(before), target
 
@@ -288,56 +281,46 @@ class Registry:
     def _moves(self, name: str, version: str | None = None) -> Iterator[ChampionMoves]:
         """The moves of a model's alias, while no other process can move it."""
         with self.client() as client:
+            content: RegistryContent = EmptyContent() if client is None else MlflowContent(client)
             if client is None or version is not None:
-                self._require(client, name, version or "")
+                _require(content, name, version or "")
             path = sqlite_path(self.uri)
             with only_move(None if path is None else path.parent):
-                yield ChampionMoves(client, name)
-
-    def _require(self, client: MlflowClient, name: str, version: str) -> None:
-        """Refuse a version that is not registered."""
-        versions = {} if client is None else self._versions(client, name)
-        if version not in versions:
-            raise StoreError(
-                f"Model {name!r} has the version to promote",
-                repr(version),
-                f"Registered: {', '.join(versions) or 'none'}",
-            )
+                yield ChampionMoves(content, name, client)
 
     def versions(self, name: str) -> list[RegisteredVersion]:
         """Every version that Millrace registered, oldest first."""
-        with self.client() as client:
-            if client is None:
-                return []
-            champion = self._aliases(client, name).get(CHAMPION)
+        with self.reading() as content:
+            champion = _aliases(content, name).get(CHAMPION)
             return [
                 RegisteredVersion(
                     version=version,
                     champion=version == champion,
-                    at=each.creation_timestamp,
+                    at=each.at,
                     run=each.tags.get(RUN, ""),
                     gates=each.tags.get("millrace.gates", ""),
-                    metrics=dict(client.get_run(each.run_id).data.metrics),
+                    metrics=content.metrics(each.run_id),
                 )
-                for version, each in self._versions(client, name).items()
+                for version, each in content.versions(name).items()
                 if DIGEST in each.tags
             ]
 
     def history(self, name: str) -> list[ChampionMove]:
         """Every move of the alias, in the order in which they happened: `at` (ISO, UTC), `version`, `before`, `why`,
         `who`."""
-        with self.client() as client:
-            return [] if client is None else ChampionMoves(client, name).moves
+        with self.reading() as content:
+            return ChampionMoves(content, name).moves
 
     def records(self, name: str) -> list[ChampionMove]:
-        """As `history`, with promotions of a version that was champion already (their `before` is their `version`)."""
-        with self.client() as client:
-            return [] if client is None else ChampionMoves(client, name).records
+        """As `history`, including promotions of a version that was already champion (their `before` is their
+        `version`)."""
+        with self.reading() as content:
+            return ChampionMoves(content, name).records
 
     @contextlib.contextmanager
     def client(self, write: bool = False) -> Iterator[MlflowClient]:
         """MLflow's client, whose errors become StoreErrors; None to read a SQLite file that does not exist."""
-        path = sqlite_path(checked(self.uri))
+        path = sqlite_path(absolute_address(self.uri))
         there = path is not None and require_sqlite(path, write)
         if path is not None and not there and not write:
             yield None
@@ -356,18 +339,40 @@ class Registry:
         except ModuleNotFoundError as error:
             raise StoreError(
                 "The driver of a registry's database is installed",
-                f"no module {error.name!r} for {shown(self.uri)}",
+                f"no module {error.name!r} for {without_password(self.uri)}",
                 f"Install it: pip install {_DRIVERS.get(str(error.name), error.name)}; "
                 "or name another driver, as mysql+pymysql://…",
             ) from None
         except (mlflow.exceptions.MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
-            text = (str(error).splitlines() or [type(error).__name__])[0][:300]
-            value = f"{shown(self.uri)}: {shown(text)}"
-            raise StoreError(
-                "The model registry can be reached",
-                value,
-                "Start it or correct --registry, then run the same command again",
-            ) from None
+            raise self._unreachable(error) from None
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[RegistryContent]:
+        """What the registry holds, without an import of MLflow where its file can be read directly.
+
+        While the context is open, no other process can commit to a registry in SQLite.
+        """
+        path = sqlite_path(absolute_address(self.uri))
+        if path is not None and not require_sqlite(path, write=False):
+            yield EmptyContent()
+            return
+        with contextlib.ExitStack() as stack:
+            content: RegistryContent | None = None
+            if path is not None:
+                with contextlib.suppress(sqlite3.Error):  # MLflow meets it too, unless it has passed
+                    content = stack.enter_context(sqlite_content(path))
+            if content is None:
+                content = MlflowContent(stack.enter_context(self.client()))
+            try:
+                yield content
+            except sqlite3.Error as error:
+                raise self._unreachable(error) from None
+
+    def _unreachable(self, error: Exception) -> StoreError:
+        text = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        value = f"{without_password(self.uri)}: {without_password(text)}"
+        fix = "Start it or correct --registry, then run the same command again"
+        return StoreError("The model registry can be reached", value, fix)
 
     def run(self, client: MlflowClient, name: str, run_id: str, tags: Mapping[str, str]) -> MlflowRun:
         """The MLflow run of our `run_id` in the experiment `name`; it is created if there is none."""
@@ -385,21 +390,21 @@ class Registry:
             else client.create_run(experiment.experiment_id, tags={**tags, RUN: run_id}, run_name=run_id)
         )
 
-    def _versions(self, client: MlflowClient, name: str) -> dict[str, ModelVersion]:
-        found = client.search_model_versions(f"name='{name}'", max_results=10_000)
-        return {str(each.version): each for each in sorted(found, key=lambda each: int(each.version))}
-
-    def _folder(self, client: MlflowClient, name: str, found: ModelVersion) -> str:
-        """The folder from which `load` reads a version's files."""
-        recorded = client.get_model_version_download_uri(name, str(found.version))
+    def _folder(self, recorded: str, run_id: str) -> str:
+        """The folder from which `load_bundle` reads a version's files, by their recorded address and its run."""
         path = sqlite_path(self.uri)
-        relative = None if path is None else relative_address(recorded, found.run_id or "")
-        return (
-            _local(recorded, self.uri) if path is None or relative is None else str(path.absolute().parent / relative)
-        )
+        if path is not None and (relative := relative_address(recorded, run_id)) is not None:
+            return str(path.absolute().parent / relative)
+        parts = urlparse(recorded)
+        if parts.scheme in ("", "file"):
+            return unquote(parts.path)
+        if parts.scheme in ("gs", "s3", "hdfs", "abfss"):
+            return recorded
+        with self.client():
+            return str(_mlflow().artifacts.download_artifacts(recorded, tracking_uri=self.uri))
 
     def _store(self, client: MlflowClient, run: MlflowRun, folder: str, within: str = "") -> None:
-        """Store the files in `folder` as artifacts of a run: of a local registry beside its database.
+        """Stores the files in `folder` as artifacts of a run; a local registry keeps them beside its database.
 
         Raises:
             StoreError: they cannot be written.
@@ -416,10 +421,21 @@ class Registry:
         for file in sorted(Path(folder).iterdir()):
             durable.write_file(str(target / file.name), file.read_bytes())
 
-    def _aliases(self, client: MlflowClient, name: str) -> dict[str, str]:
-        if not client.search_registered_models(f"name='{name}'"):
-            return {}
-        return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
+
+def _aliases(content: RegistryContent, name: str) -> Mapping[str, str]:
+    model = content.model(name)
+    return {} if model is None else model.aliases
+
+
+def _require(content: RegistryContent, name: str, version: str) -> None:
+    """Refuse a version that is not registered."""
+    versions = content.versions(name)
+    if version not in versions:
+        raise StoreError(
+            f"Model {name!r} has the version to promote",
+            repr(version),
+            f"Registered: {', '.join(versions) or 'none'}",
+        )
 
 
 def _log(client: MlflowClient, run: MlflowRun, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
@@ -444,7 +460,7 @@ def _model_folder(bundle: Bundle, folder: str, run_id: str, example: RequestExam
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, Schema
 
-    digest = save(bundle, folder)
+    digest = save_bundle(bundle, folder)
     inputs = [ColSpec(_MLFLOW_TYPES[kind], name, required=False) for name, kind in bundle.manifest["inputs"].items()]
     outputs = [ColSpec("float", name) for name in scores(bundle.classes)]
     signature = ModelSignature(Schema(inputs), Schema(outputs))
@@ -485,7 +501,7 @@ _MLFLOW_TYPES = {
 
 
 def _mlflow() -> ModuleType:
-    """MLflow, without its telemetry and hints, and with a short wait for a server that does not respond."""
+    """Imports MLflow, without its telemetry and hints, and with a short wait for a server that does not respond."""
     settings = {
         "DISABLE_TELEMETRY": "true",
         "SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -498,9 +514,11 @@ def _mlflow() -> ModuleType:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import mlflow
 
-    for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # the last logs every retry
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # the last of these logs every retry
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs the traceback of what it raises
+    logging.getLogger("mlflow.store.db.utils").setLevel(
+        logging.CRITICAL
+    )  # logs the traceback of every error that it raises
     return mlflow
 
 
@@ -520,10 +538,11 @@ def _unless_there() -> Iterator[None]:
 
 
 def _plain_uri(path: Path) -> str:
-    """An address of a SQLite file in which nothing is quoted, for MLflow makes the folders of the address as it is
-    written.
+    """An address of a SQLite file without quoted characters, because MLflow creates the folders of an address
+    literally.
 
-    A path with other letters is reached through a link in a temporary folder, which is removed when the process ends.
+    A path with other characters is reached through a link in a temporary folder, which is removed when the process
+    ends.
     """
     uri = sqlite_uri(str(path))
     return uri if unquote(uri) == uri else sqlite_uri(os.path.join(_link(str(path.absolute().parent)), path.name))
@@ -549,7 +568,7 @@ def _require_database(uri: str) -> None:
     """Connect once to a database that is not SQLite, where MLflow would try for minutes.
 
     Raises:
-        SQLAlchemyError, ModuleNotFoundError: it does not respond, or its driver is not installed.
+        SQLAlchemyError, ModuleNotFoundError: the database does not respond, or its driver is not installed.
     """
     if uri.partition("+")[0].partition(":")[0] not in ("postgresql", "mysql", "mssql"):
         return
@@ -565,7 +584,7 @@ _making, _made = threading.Lock(), list[bytes]()
 
 
 def _make_database(path: Path) -> None:
-    """Write MLflow's tables under a temporary name first: the file is there whole, or not at all."""
+    """Writes MLflow's tables under a temporary name first, so that the file is complete or does not exist."""
     aside = path.with_name(f".{path.name}.{os.getpid()}-{time.time_ns()}")
     try:
         aside.write_bytes(_empty_database())
@@ -596,31 +615,21 @@ def _empty_database() -> bytes:
 
 @contextlib.contextmanager
 def preparing_database(uri: str) -> Iterator[None]:
-    """Make what a SQLite registry that does not exist yet will need, beside other work; nothing is written to it."""
+    """Prepares, in parallel with other work, what a new SQLite registry will need; nothing is written to it."""
     path = sqlite_path(uri)
-    if path is None or os.path.exists(path):  # which raises no error
+    if path is None or os.path.exists(path):  # this raises no error
         yield
         return
     pool = ThreadPoolExecutor(1, "registry")
-    pool.submit(_empty_database)  # an error comes again when the database is needed
+    pool.submit(_empty_database)  # the error is raised again when the database is needed
     try:
         yield
     finally:
-        pool.shutdown(wait=False)  # Ctrl-C does not wait for it
-
-
-def _local(uri: str, tracking_uri: str) -> str:
-    """The folder from which `load` reads the artifacts at `uri`."""
-    parts = urlparse(uri)
-    if parts.scheme in ("", "file"):
-        return unquote(parts.path)
-    if parts.scheme in ("gs", "s3", "hdfs", "abfss"):
-        return uri
-    return str(_mlflow().artifacts.download_artifacts(uri, tracking_uri=tracking_uri))
+        pool.shutdown(wait=False)  # Ctrl-C does not wait for this thread
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # the user id has no name, as in a container
+    except (KeyError, OSError):  # the user id has no name, for example in a container
         return str(os.getuid())

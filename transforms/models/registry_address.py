@@ -1,7 +1,7 @@
 """Addresses of a model registry: where its database is, and where a local registry keeps its files.
 
 A registry in SQLite is one folder: the database and `artifacts/` beside it.  Addresses of files are therefore derived
-from where the database is now; what MLflow recorded when it wrote them may be another place (docs/adr/0014).
+from where the database is now; the address that MLflow recorded when it wrote them may be another one (docs/adr/0014).
 """
 
 from __future__ import annotations
@@ -17,11 +17,20 @@ from urllib.parse import quote, unquote, urlsplit
 
 from schemas.errors import StoreError
 
-__all__ = ["artifacts_folder", "file_uri", "follow_move", "registry_uri", "relative_address", "shown", "sqlite_path"]
+__all__ = [
+    "artifacts_folder",
+    "file_uri",
+    "follow_move",
+    "open_sqlite",
+    "registry_uri",
+    "relative_address",
+    "sqlite_path",
+    "without_password",
+]
 
 log = logging.getLogger("millrace.registry")
 SQLITE, ARTIFACTS = "sqlite:///", "artifacts"
-# What SQLAlchemy and MLflow would read as something else than a letter of a path.
+# Characters that SQLAlchemy or MLflow would not read as part of a path.
 _SAFE = "/ !$&'()*+,;=:@~[]{}^`|<>\""
 _SERVERS = ("http", "https", "databricks", "postgresql", "mysql", "mssql")
 _KNOWN = "an MLflow server (https://…), a database (postgresql://…) or a SQLite file (sqlite:////folder/mlflow.db)"
@@ -34,7 +43,7 @@ def registry_uri(store: str, uri: str | None = None) -> str:
         StoreError: the store is not a local folder, and SQLite needs one; or `uri` cannot be a registry.
     """
     if uri:
-        return checked(uri)
+        return absolute_address(uri)
     if "://" in store:
         raise StoreError(
             "A registry in SQLite lives on a local disk", store, "Name an MLflow server: --registry https://…"
@@ -52,23 +61,23 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0])) if uri.startswith(SQLITE) else None
 
 
-def checked(uri: str) -> str:
+def absolute_address(uri: str) -> str:
     """`uri`, with the path of a SQLite file made absolute.
 
     Raises:
-        StoreError: it names no registry that can be used.
+        StoreError: it does not name a registry that can be used.
     """
     rule, fix = "A model registry is an MLflow server or a database", f"Name {_KNOWN}"
     try:
         urlsplit(uri)
     except ValueError as error:
-        raise StoreError(rule, f"{shown(uri)}: {error}", fix) from None
+        raise StoreError(rule, f"{without_password(uri)}: {error}", fix) from None
     scheme = uri.partition(":")[0].partition("+")[0].lower() if ":" in uri else ""
     if scheme in ("", "file") and uri not in ("databricks", "uc"):
         path = os.path.abspath(unquote(urlsplit(uri).path) if scheme else uri)
         raise StoreError(
             "A model registry is a SQLite file rather than a folder",
-            shown(uri),
+            without_password(uri),
             f"Write --registry {sqlite_uri(os.path.join(path, 'mlflow.db'))}",
         )
     if scheme == "sqlite":
@@ -83,26 +92,27 @@ def checked(uri: str) -> str:
             raise StoreError("A question mark in the path of a registry is written %3F", uri, "Write %3F instead of ?")
         return sqlite_uri(os.path.abspath(unquote(path))) + (f"?{query}" if query else "")
     if scheme not in _SERVERS and uri not in ("databricks", "uc"):
-        raise StoreError(rule, shown(uri), fix)
+        raise StoreError(rule, without_password(uri), fix)
     if scheme not in ("databricks", "") and not re.match(r"[\w+]+://[^/]", uri):
-        raise StoreError(rule, shown(uri), fix)
+        raise StoreError(rule, without_password(uri), fix)
     return uri
 
 
-def shown(uri: str) -> str:
+def without_password(uri: str) -> str:
     """The address without its password, for messages."""
     return re.sub(r"(://[^/@:]*):[^/]*@", r"\1:…@", uri)
 
 
 def file_uri(path: Path) -> str:
-    """The address of a folder as MLflow takes it: a plain path, or a quoted `file:` address where it would be
+    """The address of a folder in MLflow's form: a plain path, or a quoted `file:` address if the path would be
     misread."""
     text = str(path)
     return text if re.fullmatch(r"[\w./ -]*", text, re.ASCII) else path.as_uri()
 
 
 def relative_address(recorded: str, run: str) -> str | None:
-    """The part of a recorded address that stays when a store moves: `artifacts/<experiment>/<run>/artifacts/…`.
+    """The part of a recorded address that stays the same when a store is moved:
+    `artifacts/<experiment>/<run>/artifacts/…`.
 
     None means that the files are not kept beside the database.
     """
@@ -126,11 +136,27 @@ def artifacts_folder(database: Path, location: str, name: str) -> Path | None:
     return database.parent / ARTIFACTS / name if ours else None
 
 
+def open_sqlite(path: Path, wait: float = 5.0) -> sqlite3.Connection:
+    """A connection to a SQLite file that exists, in autocommit mode.
+
+    It is opened for writing where that is allowed, since SQLite then undoes what a killed process had begun to write;
+    a connection that can only read is refused there.
+
+    Args:
+        path: the file.
+        wait: seconds to wait for another process's commit.
+
+    Raises:
+        sqlite3.Error: it cannot be opened.
+    """
+    return sqlite3.connect(f"file:{quote(str(path))}?mode=rw", timeout=wait, isolation_level=None, uri=True)
+
+
 def require_sqlite(path: Path, write: bool) -> bool:
-    """Refuse a path that cannot be written, or a file that is no database, where MLflow would retry ten times.
+    """Refuses a path that cannot be written, or a file that is not a database; MLflow would retry ten times.
 
     Returns:
-        Whether there is a database.
+        Whether the database exists.
 
     Raises:
         StoreError: the file cannot be a registry.
@@ -145,7 +171,7 @@ def require_sqlite(path: Path, write: bool) -> bool:
             return False
         if not stat.S_ISREG(path.stat().st_mode):
             raise OSError("it is not a regular file")
-        with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as database:
+        with contextlib.closing(open_sqlite(path)) as database:
             tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if tables and "alembic_version" not in tables:
                 raise OSError(f"it is a database of something else, with {', '.join(sorted(tables)[:3])}")
@@ -155,9 +181,9 @@ def require_sqlite(path: Path, write: bool) -> bool:
 
 
 def follow_move(path: Path) -> None:
-    """Where a store was moved, correct the addresses that MLflow recorded, so that MLflow's own tools find the files.
+    """Corrects the addresses that MLflow recorded before a store was moved, so that MLflow's own tools find the files.
 
-    Millrace itself derives them from the database's place.
+    Millrace itself derives them from the location of the database.
     """
     with contextlib.closing(sqlite3.connect(path, timeout=30)) as database:
         moved = {}

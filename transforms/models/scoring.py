@@ -18,7 +18,7 @@ from apache_beam.ml.inference.base import ModelHandler, RunInference
 import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from schemas.errors import MismatchError, StoreError
 from schemas.tables import predictions, scores
-from transforms.models.bundle import Bundle, digest_of, load
+from transforms.models.bundle import Bundle, bundle_digest, load_bundle
 from transforms.records.row_hashing import prediction_ids
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Beam imports the standard module `resource` in one `try` with its ModelManager, which needs torch.  Without torch it
 # therefore has no `resource`, and warns that it cannot measure memory whenever it loads a model.  No Beam issue is
-# known for this; `tests/beam_pipelines/runtime/test_beam_workers.py` fails once the two imports are apart.
+# known for this; `tests/beam_pipelines/runtime/test_beam_workers.py` fails once Beam separates the two imports.
 base.resource = base.resource or resource
 
 Scores = npt.NDArray[np.float32]
@@ -36,7 +36,7 @@ CHUNK = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Pinned:
+class PinnedModel:
     """A model that is fixed at launch.
 
     Args:
@@ -59,7 +59,7 @@ class Scorer:
     version: str
 
 
-def open_scorer(model: Pinned, threads: int = 0) -> Scorer:
+def open_scorer(model: PinnedModel, threads: int = 0) -> Scorer:
     """Load and check a model, and make a first prediction.
 
     Args:
@@ -72,8 +72,8 @@ def open_scorer(model: Pinned, threads: int = 0) -> Scorer:
     """
     import xgboost
 
-    digest = model.digest or digest_of(model.folder)
-    bundle = load(model.folder, digest)
+    digest = model.digest or bundle_digest(model.folder)
+    bundle = load_bundle(model.folder, digest)
     booster = xgboost.Booster({"nthread": threads})
     try:
         booster.load_model(bytearray(bundle.booster))
@@ -161,7 +161,7 @@ class RecordBatchHandler(ModelHandler[pa.RecordBatch, pa.RecordBatch, Scorer]):
     Each worker process has one model; `update_model_path` replaces it by that of another folder.
     """
 
-    def __init__(self, model: Pinned, arm: str = ARM, threads: int = 0, carry: Sequence[str] = ()) -> None:
+    def __init__(self, model: PinnedModel, arm: str = ARM, threads: int = 0, carry: Sequence[str] = ()) -> None:
         super().__init__()
         self.model, self.arm, self.threads, self.carry = model, arm, threads, tuple(carry)
 
@@ -175,7 +175,7 @@ class RecordBatchHandler(ModelHandler[pa.RecordBatch, pa.RecordBatch, Scorer]):
 
     def update_model_path(self, model_path: str | None = None) -> None:
         if model_path and model_path != self.model.folder:
-            self.model = Pinned(model_path)
+            self.model = PinnedModel(model_path)
 
     def should_skip_batching(self) -> bool:
         return True
@@ -198,7 +198,7 @@ class Score(beam.PTransform):
         carry: columns of the rows that are appended to their predictions, such as labels.
     """
 
-    model: Pinned
+    model: PinnedModel
     arm: str = ARM
     threads: int = 0
     carry: tuple[str, ...] = ()

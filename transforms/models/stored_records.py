@@ -44,7 +44,7 @@ class TableVersion(TypedDict, total=False):
 
 
 class SourceRecord(TypedDict, total=False):
-    """What a feature table had read of a source; of a dimension there is only the digest."""
+    """What a feature table had read of a source; for a dimension there is only the digest."""
 
     files: int
     digest: str
@@ -53,7 +53,8 @@ class SourceRecord(TypedDict, total=False):
 
 
 class ReadRequest(TypedDict):
-    """What a training run was told to read: dates, the moment that was now (µs since 1970), and the sources' folder."""
+    """What a training run was asked to read: dates, the current time at launch (µs since 1970), and the folder of the
+    sources."""
 
     start: str | None
     cutoff: str
@@ -95,7 +96,7 @@ class SplitBounds(TypedDict, total=False):
 
 
 class SplitCounts(TypedDict):
-    """Counts of one split's rows; see `transforms.training.labels.Counts`."""
+    """Counts of one split's rows; see `transforms.training.labels.LabelCounts`."""
 
     rows: int
     waiting: int
@@ -210,7 +211,8 @@ class CurvePoints(TypedDict, total=False):
 
 
 class MetricDetails(CurvePoints, total=False):
-    """What one kind of model has beyond its metrics: first a binary one, then a multi-class one, then a regression."""
+    """Details of one kind of model besides its metrics: first of a binary one, then of a multi-class one, then of a
+    regression."""
 
     thresholds: Sequence[ThresholdRates]
     calibration: Sequence[CalibrationBin]
@@ -393,7 +395,7 @@ class RetrainingRecord(MetricsRecord):
 
 
 class RequestExample(TypedDict, total=False):
-    """Raw rows as a request has them, in MLflow's format `dataframe_split`; empty if there are none."""
+    """Raw rows in the form of a request, in MLflow's format `dataframe_split`; empty if there are none."""
 
     columns: Sequence[str]
     data: Sequence[Sequence[object]]
@@ -412,10 +414,10 @@ class ChampionMove(TypedDict):
     """A record of a move of the alias `champion`.
 
     Args:
-        at: moment in ISO format, UTC; it is the tag's name, and only shown.
+        at: time in ISO format, UTC; it is the tag's name, and only for display.
         before: the version that was champion.
         kind, sequence: absent from records of earlier versions of Millrace.
-        pending: the move is not known to have happened.
+        pending: whether it is not known yet that the move happened.
     """
 
     at: NotRequired[str]

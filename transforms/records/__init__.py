@@ -19,12 +19,12 @@ if TYPE_CHECKING:
         Counts,
         Floats,
         Moments,
+        as_fraction,
         deviation,
         exact_squares,
         exact_sum,
         group_sums,
         integer_sums,
-        ratio,
     )
     from transforms.records.frame_packets import Frames, Head, head_of, pack, unpack
     from transforms.records.garbage_collection import freeze_imports
@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     from transforms.records.record_batches import batch, frame, from_ipc, to_ipc
     from transforms.records.row_hashing import (
         UInt64s,
-        combine,
+        combine_hashes,
         hash_column,
         hash_columns,
         hash_text,
-        mix,
+        key_hashes,
+        keys_hashes,
+        mix_bits,
         prediction_ids,
         row_ids,
     )
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
         midnight,
         now_us,
     )
-    from transforms.records.value_text import shown
+    from transforms.records.value_text import format_value
     from transforms.records.window_sums import (
         Bools,
         Digits,
@@ -64,8 +66,8 @@ if TYPE_CHECKING:
         Numbers,
         decompose,
         squared,
-        total,
-        variance,
+        window_sum,
+        window_variance,
     )
 
 import_when_used(__name__)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-# Up to this many rows an expression is computed by the thread that asks: to hand it over would cost more.
+# Up to this many rows, an expression is computed on the calling thread: a thread pool would cost more.
 FEW = 20_000
 
 

@@ -12,7 +12,7 @@ import polars as pl
 
 from schemas.errors import DataError
 from transforms.records.record_batches import frame, from_ipc, to_ipc
-from transforms.records.row_hashing import combine, hash_column
+from transforms.records.row_hashing import combine_hashes, hash_column
 
 Ints = npt.NDArray[np.int64]
 
@@ -20,11 +20,11 @@ Ints = npt.NDArray[np.int64]
 def partition_of(rows: pl.DataFrame, keys: Sequence[str], parts: int) -> Ints:
     """The partition of each row, 0 … parts − 1, by the hash of its `keys`.
 
-    Equal keys have the same partition, even if their integer types differ.
+    Equal keys get the same partition, even if their integer types differ.
     """
     if parts == 1:
         return np.zeros(len(rows), np.int64)
-    return (combine([hash_column(rows[key]) for key in keys]) % np.uint64(parts)).astype(np.int64)
+    return (combine_hashes([hash_column(rows[key]) for key in keys]) % np.uint64(parts)).astype(np.int64)
 
 
 def positions_by_partition(part: Ints, parts: int) -> list[Ints]:

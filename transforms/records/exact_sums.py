@@ -30,7 +30,7 @@ _MOST = 1 << 26
 def exact_sum(values: Floats) -> int:
     """Sum of finite doubles without rounding, as an integer number of 2^−1126.
 
-    >>> ratio(exact_sum(np.array([1e100, 1.0, -1e100])))
+    >>> as_fraction(exact_sum(np.array([1e100, 1.0, -1e100])))
     Fraction(1, 1)
     """
     return group_sums(values, np.zeros(len(values), np.int64), 1)[0]
@@ -98,7 +98,7 @@ def deviation(count: int, total: int, squares: int) -> float:
 
 
 def root(value: Fraction) -> float:
-    """Square root of a fraction that is not negative, to the nearest double, also where the fraction itself is none."""
+    """Square root of a fraction ≥ 0, to the nearest double, even if the fraction itself does not fit into a double."""
     shift = max(0, 132 - value.numerator.bit_length() + value.denominator.bit_length()) & ~1
     scaled, rest = divmod(value.numerator << shift, value.denominator)
     found = math.isqrt(scaled)
@@ -108,7 +108,7 @@ def root(value: Fraction) -> float:
 
 
 def _positions(keys: Counts) -> tuple[Counts, Counts]:
-    """Distinct `keys` and the position of each row's, without a sort where they are small."""
+    """Distinct `keys`, and for each row the position of its key among them. Small keys need no sort."""
     if len(keys) and int(keys.max()) > 4 * len(keys) + 4096:
         distinct, position = np.unique(keys, return_inverse=True)
         return distinct, position
@@ -116,7 +116,7 @@ def _positions(keys: Counts) -> tuple[Counts, Counts]:
     return np.flatnonzero(seen), (np.cumsum(seen) - 1)[keys]
 
 
-def ratio(total: int) -> Fraction:
+def as_fraction(total: int) -> Fraction:
     """What `exact_sum` counted, as a number."""
     return Fraction(total, 1 << UNIT)
 
@@ -133,15 +133,17 @@ class Moments:
 
     @classmethod
     def of(cls, values: Floats) -> Moments:
-        """Of the doubles that are not NaN."""
+        """The moments of the doubles that are not NaN."""
         known = values[~np.isnan(values)]
         if not len(known):
             return cls()
-        return cls(len(known), exact_sum(known), exact_squares(known), float(known.min()), float(known.max()))
+        # Of 0.0 and −0.0, which are equal, the order of rows would choose the sign: + 0.0 makes both 0.0.
+        least, greatest = float(known.min()) + 0.0, float(known.max()) + 0.0
+        return cls(len(known), exact_sum(known), exact_squares(known), least, greatest)
 
     @classmethod
     def of_integers(cls, values: Counts) -> Moments:
-        """Of 64-bit integers; least and greatest are integers too."""
+        """The moments of 64-bit integers; least and greatest are integers too."""
         if not len(values):
             return cls()
         total, squares = integer_sums(values)
@@ -158,12 +160,12 @@ class Moments:
 
     @property
     def exact_mean(self) -> Fraction:
-        """0 where there is no value."""
-        return ratio(self.total) / self.count if self.count else Fraction(0)
+        """The exact mean; 0 if there are no values."""
+        return as_fraction(self.total) / self.count if self.count else Fraction(0)
 
     @property
     def mean(self) -> float:
-        """0 where there is no value."""
+        """The mean, rounded once; 0 if there are no values."""
         return float(self.exact_mean)
 
     @property

@@ -1,7 +1,7 @@
 """Objects that are pickled once, compressed, however often Beam pickles the steps that hold them.
 
 Beam pickles a step's function several times while it builds and runs a graph, and compresses it with bz2 each time.
-That is nothing for a function, and seconds for the names of 100,000 files.
+This costs little for a function, but seconds for the names of 100,000 files.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Made = TypeVar("Made")
 
 
 class PickledOnce:
-    """Base of a frozen dataclass, or of an immutable sequence that says what it is made of."""
+    """Base of a frozen dataclass, or of an immutable sequence that defines `pickled_state` and `from_state`."""
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         return _restored, (type(self), self._pickled)
 
     def pickled_state(self) -> object:
-        """What `from_state` makes an equal object of."""
+        """The state from which `from_state` makes an equal object."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     @classmethod

@@ -1,7 +1,7 @@
 """RecordBatches: their encoding as Arrow IPC, and conversions to and from Polars.
 
 Every module that reads Arrow or Parquet imports this one, and with it `pyarrow_hotfix`: pyarrow before 14.0.1 runs code
-that the schema of a message or a file names (CVE-2023-47248).  tests/sources/test_crafted_files.py holds this.
+that the schema of a message or a file names (CVE-2023-47248).  tests/sources/test_crafted_files.py checks this.
 """
 
 from __future__ import annotations

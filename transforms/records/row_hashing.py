@@ -27,7 +27,7 @@ _NULL = np.uint64(0x6E756C6C6E756C6C)
 _PIECE = 1 << 14
 
 
-def mix(values: UInt64s) -> UInt64s:
+def mix_bits(values: UInt64s) -> UInt64s:
     """splitmix64's finaliser, a bijection on 64 bits."""
     result: UInt64s = np.atleast_1d(values) + _GOLDEN
     shifted = np.empty(min(len(result), _PIECE), np.uint64)
@@ -55,15 +55,15 @@ def hash_column(column: pl.Series) -> UInt64s:
         # Adding zero turns −0.0 into 0.0. All NaNs are replaced by one NaN.
         wide = column.cast(pl.Float64)
         floats = (wide.fill_null(0.0) if wide.null_count() else wide).to_numpy() + 0.0
-        result = mix(np.where(np.isnan(floats), np.nan, floats).view(np.uint64))
+        result = mix_bits(np.where(np.isnan(floats), np.nan, floats).view(np.uint64))
     else:
         numbers = column.cast(pl.Int64)
-        result = mix((numbers.fill_null(0) if numbers.null_count() else numbers).to_numpy().view(np.uint64))
+        result = mix_bits((numbers.fill_null(0) if numbers.null_count() else numbers).to_numpy().view(np.uint64))
     return np.where(column.is_null().to_numpy(), _NULL, result) if column.null_count() else result
 
 
 def hash_columns(frame: pl.DataFrame, columns: Iterable[str]) -> dict[str, UInt64s]:
-    """By name what `hash_column` returns for each of some columns; strings are hashed in one pass."""
+    """The hashes of several columns by name, each as `hash_column` returns it; strings are hashed in one pass."""
     names = list(dict.fromkeys(columns))
     texts = [name for name in names if frame[name].dtype == pl.String]
     hashed = select(frame, *(plh.col(name).nchash.xxh3_64() for name in texts)) if texts else frame
@@ -75,12 +75,26 @@ def _with_nulls(hashes: pl.Series) -> UInt64s:
     return (hashes.fill_null(int(_NULL)) if hashes.null_count() else hashes).to_numpy()
 
 
-def combine(parts: Sequence[UInt64s | np.uint64]) -> UInt64s:
+def combine_hashes(parts: Sequence[UInt64s | np.uint64]) -> UInt64s:
     """Combines several hashes into one. The order matters."""
     state: UInt64s = np.zeros(1, np.uint64)
     for part in parts:
-        state = mix(state * _LAST + np.asarray(part, np.uint64))
+        state = mix_bits(state * _LAST + np.asarray(part, np.uint64))
     return state
+
+
+def key_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> UInt64s:
+    """One hash per row of the key `columns`; integers of different widths have equal hashes."""
+    return keys_hashes(frame, [tuple(columns)])[tuple(columns)]
+
+
+def keys_hashes(frame: pl.DataFrame, keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], UInt64s]:
+    """As `key_hashes`, for several keys."""
+    keys = list(dict.fromkeys(keys))
+    if not len(frame):
+        return {key: np.empty(0, np.uint64) for key in keys}
+    hashed = hash_columns(frame, [name for key in keys for name in key])
+    return {key: combine_hashes([hashed[name] for name in key]) for key in keys}
 
 
 def row_ids(salt: str, columns: Sequence[pl.Series]) -> pl.Series:
@@ -88,7 +102,9 @@ def row_ids(salt: str, columns: Sequence[pl.Series]) -> pl.Series:
 
     For a spine row the salt is its view, and the columns are its key and time.
     """
-    return pl.Series("row_id", combine([hash_text(salt), *(hash_column(column) for column in columns)]).view(np.int64))
+    return pl.Series(
+        "row_id", combine_hashes([hash_text(salt), *(hash_column(column) for column in columns)]).view(np.int64)
+    )
 
 
 def prediction_ids(model: str, arm: pl.Series, row_id: pl.Series) -> pl.Series:

@@ -10,14 +10,14 @@ import polars as pl
 from schemas.errors import in_one_line
 
 
-def shown(value: object, dtype: pl.DataType | None = None) -> str:
+def format_value(value: object, dtype: pl.DataType | None = None) -> str:
     """Formats a `value` of a column of `dtype`. A float32 becomes the shortest text that parses to the same float32.
 
-    >>> shown(23.329999923706055, pl.Float32())
+    >>> format_value(23.329999923706055, pl.Float32())
     '23.33'
-    >>> shown(23.329999923706055)
+    >>> format_value(23.329999923706055)
     '23.329999923706055'
-    >>> print(shown("two\\nlines"))
+    >>> print(format_value("two\\nlines"))
     two\\nlines
     """
     if value is None:

@@ -40,11 +40,11 @@ class ExactSum:
 
     def total(self, lo: Ints, hi: Ints) -> Floats:
         """Sum per window, float64."""
-        return total(self.digits(lo, hi), len(lo))
+        return window_sum(self.digits(lo, hi), len(lo))
 
 
 def _canonical(digits: Digits) -> list[Floats]:
-    """Digits with carries resolved, least first, scaled: one representation per exact sum."""
+    """Digits with carries resolved, least significant first, scaled: equal sums have equal digits."""
     result: list[tuple[int, Floats]] = []
     carry: Ints | int = 0
     # Every unit between the least and the greatest, so that a carry always has a place.
@@ -59,7 +59,7 @@ def _canonical(digits: Digits) -> list[Floats]:
     return [_scaled(digit, unit) for unit, digit in result]
 
 
-def total(digits: Digits, rows: int) -> Floats:
+def window_sum(digits: Digits, rows: int) -> Floats:
     """Sum per window, correctly rounded to float64, as `math.fsum` rounds it."""
     parts = _canonical(digits)
     if len(parts) <= 2:  # one addition rounds once
@@ -73,7 +73,7 @@ def pair(digits: Digits, rows: int) -> tuple[Floats, Floats]:
     return _two_sum(*_paired(_canonical(digits), rows))
 
 
-def variance(n: Ints, sums: Digits, squares: Digits, extreme: Callable[[Ints, bool], Floats]) -> Floats:
+def window_variance(n: Ints, sums: Digits, squares: Digits, extreme: Callable[[Ints, bool], Floats]) -> Floats:
     """Unbiased variance (n − 1) of windows of `n` ≥ 2 values, from the digits of Σx and Σx².
 
     `extreme` gives the least (or largest) values of the windows that are passed to it.
@@ -87,7 +87,8 @@ def variance(n: Ints, sums: Digits, squares: Digits, extreme: Callable[[Ints, bo
     b, b_error = _two_product(sum_high, sum_high)
     b_error += 2 * sum_high * sum_low
     spread = (a - b) + (a_error - b_error)
-    # Where cancellation leaves fewer than 40 good bits the window is constant, or is one of the few done in integers.
+    # Where cancellation leaves fewer than 40 good bits, the window is constant, or is computed in integers, which is
+    # rare.
     doubtful = np.flatnonzero(spread <= np.ldexp(np.abs(a), -60))
     varied = doubtful[extreme(doubtful, False) < extreme(doubtful, True)]
     spread[doubtful] = 0.0
@@ -120,7 +121,7 @@ def _paired(parts: list[Floats], rows: int) -> tuple[Floats, Floats]:
 
 
 def _scaled(values: Floats, exponent: int) -> Floats:
-    """values · 2**exponent; ldexp is the slower way, for powers that are no float64."""
+    """values · 2**exponent. `ldexp` is slower; it is used for powers that do not fit into a float64."""
     return values * 2.0**exponent if abs(exponent) < 1000 else np.ldexp(values, exponent)
 
 
@@ -131,7 +132,7 @@ def _prefix(digit: Ints) -> Ints:
 
 
 def _halves(total: Ints, unit: int) -> list[tuple[int, Floats]]:
-    """A greatest digit, split where it has more bits than a float64."""
+    """The most significant digit, split in two where it has more bits than a float64."""
     if not len(total) or max(abs(int(total.max())), abs(int(total.min()))) < 2**53:
         return [(unit, total.astype(np.float64))]
     carry = (total + (1 << (DIGIT - 1))) >> DIGIT
@@ -139,7 +140,7 @@ def _halves(total: Ints, unit: int) -> list[tuple[int, Floats]]:
 
 
 def decompose(*parts: Floats) -> Digits:
-    """Per value the digits of the sum of its `parts`."""
+    """For each value, the digits of the sum of its `parts`."""
     digits: Digits = {}
     for values in parts:
         for unit, digit in _digits(values):

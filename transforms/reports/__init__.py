@@ -1,4 +1,4 @@
-"""The HTML report of a training run: one file that needs no network and runs no script.
+"""The HTML report of a training run: one file without scripts that needs no network.
 
 No row passes through this package.  `render` turns the content of `training.json` into a page of sections.
 """

@@ -1,4 +1,4 @@
-"""Charts as paths of SVG that stretches, with words beside it in HTML: readable at any width, in light and dark.
+"""Charts as paths in stretched SVG, with their texts beside it in HTML: readable at any width, in light and dark.
 
 A plot is a square of 1000 units that is stretched to the space available.  Strokes keep their width, and a dot is a
 line of length 0 with round ends, so neither is distorted.  Colours come from the page's style; `charts.html.j2` writes
@@ -26,10 +26,10 @@ class Axis:
     """One direction of a plot.
 
     Args:
-        low, high: what is shown.
-        label: what it is, with its unit.
-        ticks: marked values and their words.
-        log: whether steps are factors.
+        low, high: the range that is shown.
+        label: the quantity, with its unit.
+        ticks: marked values and their texts.
+        log: whether the scale is logarithmic.
     """
 
     low: float
@@ -60,17 +60,17 @@ class Axis:
 
     @classmethod
     def share(cls, label: str = "") -> Axis:
-        """From 0 to 1."""
+        """An axis from 0 to 1."""
         return cls(0.0, 1.0, label, tuple((i / 4, ("0", "0.25", "0.5", "0.75", "1")[i]) for i in range(5)))
 
     @property
     def positions(self) -> list[tuple[float, str]]:
-        """Where the ticks lie, 0 … 1000, and their words."""
+        """Positions of the ticks, 0 … 1000, and their texts."""
         found = self.position([at for at, _ in self.ticks])
         return [(float(position), word) for position, (_, word) in zip(found, self.ticks, strict=True)]
 
     def position(self, values: Values) -> npt.NDArray[np.float64]:
-        """Where values lie, 0 … 1000; those outside at the edge."""
+        """Positions of values, 0 … 1000; values outside the axis are at its edge."""
         found = np.asarray(values, np.float64)
         low, high = self.low, self.high
         if self.log:
@@ -101,9 +101,9 @@ class Path:
     """One path of a chart.
 
     Args:
-        kind: its classes, which say how it is drawn and in which colour.
-        d: as SVG writes it.
-        title: shown under a pointer.
+        kind: its CSS classes, which decide how it is drawn and in which colour.
+        d: the `d` attribute in SVG.
+        title: a tooltip.
     """
 
     kind: str
@@ -119,8 +119,8 @@ class Plot:
     """A chart with two axes.
 
     Args:
-        label: what it shows, in words.
-        ratio: of width to height.
+        label: a description of what it shows.
+        ratio: width divided by height.
     """
 
     label: str
@@ -136,7 +136,7 @@ class Plot:
 
     @property
     def left(self) -> float:
-        """Room for the words of the upright axis, in em."""
+        """Space for the texts of the vertical axis, in em."""
         return max((len(word) for _, word in self.y.ticks), default=1) * 0.62 + 0.6
 
 
@@ -153,7 +153,7 @@ class Strip:
         return "".join(f"M{at:.0f} 0V1000" for at, _ in self.x.positions)
 
 
-class Key(NamedTuple):
+class LegendEntry(NamedTuple):
     """An entry of a legend: the class of a mark, and its name."""
 
     kind: str
@@ -178,7 +178,7 @@ def band(x: Axis, y: Axis, xs: Values, lows: Values, highs: Values, kind: str) -
 
 
 def dots(x: Axis, y: Axis, xs: Values, ys: Values, kind: str, titles: Sequence[str] = ()) -> Paths:
-    """Points; `titles` are shown under a pointer."""
+    """Points; `titles` are their tooltips."""
     positions = _d(x.position(xs), SIDE - y.position(ys))
     if titles:
         return tuple(Path(f"dot {kind}", f"M{at}h0", title) for at, title in zip(positions, titles, strict=True))
@@ -224,16 +224,17 @@ def whisker(x: Axis, value: float | None, span: Sequence[float] | None, kind: st
 
 
 def swarm(x: Axis, values: Values, kinds: npt.NDArray[np.int64] | None = None) -> Paths:
-    """Points of a strip, apart where they are many, in the colours `v0` … `v4` given by `kinds` (−1 is `none`)."""
+    """Points of a strip, spread vertically where they are dense, in the colours `v0` … `v4` given by `kinds` (−1 is
+    `none`)."""
     positions = x.position(values)
     bins = np.floor(positions / SIDE * 90).astype(int)
-    # In no order within a bin, lest the points draw lines; the same each time.
+    # Points of a bin are shuffled, so that they do not form lines; the order is always the same.
     order = np.lexsort((np.random.default_rng(0).random(len(positions)), bins))
     bins = bins[order]
     first = np.searchsorted(bins, bins)
     rank, size = np.arange(len(bins)) - first, np.bincount(bins, minlength=1)[bins] if len(bins) else bins
     most = max(int(size.max()) if len(size) else 1, 8)
-    # In turns above and below the middle, as far out as the bin is full.
+    # Points alternate above and below the middle; the fuller the bin, the further out.
     offset = np.where(rank % 2, 1, -1) * ((rank + 1) // 2) * (2.0 / most)
     ys = np.empty(len(positions))
     ys[order] = 0.5 + np.clip(offset, -1, 1) * 0.42
@@ -247,7 +248,7 @@ def swarm(x: Axis, values: Values, kinds: npt.NDArray[np.int64] | None = None) -
 
 
 def medians(xs: npt.NDArray[np.float64], ys: npt.NDArray[np.float64], parts: int = 12) -> list[tuple[float, float]]:
-    """Medians of both over equal counts of rising x, as far as x differs."""
+    """Medians of x and y over groups of equal size in order of x, without groups whose median x does not increase."""
     order = np.argsort(xs, kind="stable")
     found = [
         (float(np.median(xs[each])), float(np.median(ys[each]))) for each in np.array_split(order, parts) if len(each)

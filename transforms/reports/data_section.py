@@ -1,4 +1,4 @@
-"""What went into a model: its splits to scale and in rows, the tables that were read, and how far columns drifted."""
+"""The data of a model: its splits on a timeline and in rows, the tables that were read, and how far columns drifted."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from transforms.reports import charts
 from transforms.reports.charts import Axis, Paths, Strip
 from transforms.reports.formatting import DASH
 
-# Columns of drift that are shown at once.
+# Number of columns in the table of drift that are shown at once.
 COLUMNS = 15
 
 
 @dataclasses.dataclass(frozen=True)
 class Dates:
-    """When a split is: words before one stamp, or from one stamp to another."""
+    """The dates of a split: text before one time, or from one time to another."""
 
     words: str
     stamps: tuple[str, ...] = ()
@@ -26,7 +26,7 @@ class Dates:
 
 @dataclasses.dataclass(frozen=True)
 class SplitRow:
-    """A split's rows, and what became of the others; `positive` is the share of examples with the label 1."""
+    """A split's examples, and what became of its other rows; `positive` is the share of examples with the label 1."""
 
     name: str
     dates: Dates
@@ -38,8 +38,8 @@ class SplitRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Span:
-    """A split on the timeline: its place there as shares, and how long it is."""
+class SplitBar:
+    """A split on the timeline: its start and end as shares of the timeline, and its length."""
 
     name: str
     left: float
@@ -49,16 +49,16 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """The splits to scale, gaps between them included."""
+    """The splits on a timeline, with the gaps between them."""
 
-    spans: tuple[Span, ...]
+    spans: tuple[SplitBar, ...]
     first: str
     cutoff: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table that was read: what for, where it is, and which version."""
+    """A table that was read: its purpose, address and version."""
 
     name: str
     uri: str
@@ -68,7 +68,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class SourceRead:
-    """A source of the features: its digest, its files, and the first and last date of them."""
+    """A source of the features: its digest, its files, and their first and last date."""
 
     name: str
     digest: str
@@ -88,10 +88,10 @@ class Drifting:
 
 @dataclasses.dataclass(frozen=True)
 class Drift:
-    """Columns that moved, the farthest first.
+    """Columns that moved, in descending order of the distance.
 
     Args:
-        champion: whose training data they are compared with; None: there is none.
+        champion: the model with whose training data they are compared; None: there is none.
     """
 
     champion: str | None
@@ -103,12 +103,13 @@ class Drift:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The section.
+    """The content of the section.
 
     Args:
-        binary: whether examples are positive or not.
-        feature_rows, outside, waiting: rows of the feature table; those in no split; those whose label was not known.
-        drift: None: no column could be compared.
+        binary: whether examples are positive or negative.
+        feature_rows, outside, waiting: number of rows of the feature table; of those in no split; of those whose label
+            was not known yet.
+        drift: None if no column could be compared.
     """
 
     warnings: tuple[str, ...]
@@ -181,7 +182,9 @@ def timeline(manifest: ModelManifest) -> Timeline | None:
     if end <= start or bounds[0][2] <= start:
         return None
     whole = end - start
-    found = [Span(name, (low - start) / whole, (high - low) / whole, _length(high - low)) for name, low, high in bounds]
+    found = [
+        SplitBar(name, (low - start) / whole, (high - low) / whole, _length(high - low)) for name, low, high in bounds
+    ]
     return Timeline(tuple(found), first, split["cutoff"])
 
 

@@ -33,7 +33,7 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A greatest difference between groups, what gates allow of it, and in which rates it is."""
+    """The greatest difference between groups, the difference that gates allow, and the rates that it compares."""
 
     name: str
     value: float | None
@@ -42,7 +42,7 @@ class Measure:
 
     @property
     def verdict(self) -> str | None:
-        """`pass` or `fail`; None where nothing is bounded."""
+        """`pass` or `fail`; None if there is no bound."""
         if self.bound is None or self.value is None:
             return None
         return "pass" if self.value <= self.bound else "fail"
@@ -60,7 +60,7 @@ class Protected:
 
 @dataclasses.dataclass(frozen=True)
 class Fairness:
-    """The section; rows are selected from a score of `threshold` on."""
+    """The content of the section; rows with a score of at least `threshold` are selected."""
 
     threshold: float | None
     columns: tuple[Protected, ...]

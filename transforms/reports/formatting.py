@@ -1,6 +1,6 @@
-"""How a report writes numbers, times and names: what one reads, beside the exact value.
+"""Formats numbers, times and names in a report: text for readers, and the exact value.
 
-All but `shown`, `mark`, `category` and `metric_name` give HTML; what they are given is escaped.
+All functions but `format_number`, `mark`, `category` and `metric_name` return HTML; their arguments are escaped.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _NONE = Markup('<span class="none">{}</span>').format(DASH)
 _METRICS = {"auc": "AUC", "rmse": "RMSE", "mae": "MAE", "brier": "Brier score", "macro_auc": "macro AUC"}
 
 
-def shown(value: float, digits: int = 4) -> str:
-    """A number for reading: thousands apart, `digits` significant ones, a real minus sign.
+def format_number(value: float, digits: int = 4) -> str:
+    """A number for readers: with separated thousands, `digits` significant digits and a real minus sign.
 
-    >>> shown(336776), shown(0.75231), shown(-12.3456), shown(0.00001234), shown(0.0)
-    ('336,776', '0.7523', '−12.35', '1.234e−5', '0')
+    >>> [format_number(each) for each in (336776, 0.75231, -12.3456, 0.00001234, 0.0)]
+    ['336,776', '0.7523', '−12.35', '1.234e−5', '0']
     """
     if not math.isfinite(value):
         return DASH
@@ -35,7 +35,7 @@ def shown(value: float, digits: int = 4) -> str:
 
 
 def mark(value: float) -> str:
-    """A number that somebody chose, such as a parameter or a mark of an axis: no zeros at its end.
+    """A number that a user chose, such as a parameter, or a tick of an axis: without trailing zeros.
 
     >>> mark(0.05), mark(-2.0), mark(12500)
     ('0.05', '−2', '12,500')
@@ -45,7 +45,7 @@ def mark(value: float) -> str:
 
 
 def category(value: object) -> str:
-    """A value of a column, in words where it has none to show.
+    """A value of a column; null and invisible text are described.
 
     >>> category(None), category(""), category(" "), category("a")
     ('null', '(empty)', "' '", 'a')
@@ -55,7 +55,7 @@ def category(value: object) -> str:
 
 
 def metric_name(metric: str) -> str:
-    """A metric's name for reading.
+    """A metric's name for readers.
 
     >>> metric_name("auc"), metric_name("log_loss")
     ('AUC', 'log loss')
@@ -64,30 +64,30 @@ def metric_name(metric: str) -> str:
 
 
 def number(value: float | int | None, digits: int = 4, signed: bool = False) -> Markup:
-    """A `data` element: what one reads, and the exact value.
+    """A `data` element: text for readers, and the exact value.
 
     >>> number(0.1 + 0.2)
     Markup('<data value="0.30000000000000004">0.3000</data>')
     """
     if value is None or not math.isfinite(value):
         return _NONE
-    return _data(value, ("+" if signed and value > 0 else "") + shown(value, digits))
+    return _data(value, ("+" if signed and value > 0 else "") + format_number(value, digits))
 
 
 def given(value: float | int | None) -> Markup:
-    """As `number`, of a number that somebody chose."""
+    """As `number`, for a number that a user chose."""
     return _NONE if value is None else _data(value, mark(value))
 
 
 def parameter(value: object) -> Markup:
-    """As `given`, of a parameter, which need not be a number."""
+    """As `given`, for a parameter, which need not be a number."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return given(value)
     return escape(DASH if value is None else value)
 
 
 def percent(value: float | None, digits: int = 1) -> Markup:
-    """A share as per cent."""
+    """A share in per cent."""
     if value is None or not math.isfinite(value):
         return _NONE
     return _data(value, f"{value * 100:.{digits}f}\N{NARROW NO-BREAK SPACE}%".replace("-", MINUS))
@@ -98,7 +98,7 @@ def _data(value: float | int, words: str) -> Markup:
 
 
 def interval(span: Sequence[float] | None, signed: bool = False) -> Markup:
-    """A 95 % interval in small print; nothing where there is none."""
+    """A 95 % interval in small type; empty if there is none."""
     if span is None:
         return Markup("")
     low, high = (number(each, signed=signed) for each in span)
@@ -111,7 +111,7 @@ def estimate(value: float | None, span: Sequence[float] | None = None, signed: b
 
 
 def day(stamp: str) -> Markup:
-    """An ISO stamp as a `time` element; midnight goes without saying."""
+    """An ISO time as a `time` element; midnight is left out."""
     at = datetime.fromisoformat(stamp)
     at = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
     words = f"{at.day} {at:%b %Y}" + ("" if (at.hour, at.minute, at.second) == (0, 0, 0) else f", {at:%H:%M}")
@@ -119,7 +119,7 @@ def day(stamp: str) -> Markup:
 
 
 def named(value: object) -> Markup:
-    """A name that may break after its underscores.
+    """A name in which lines may break after underscores.
 
     >>> named("a_b<c>")
     Markup('<span class="name">a_<wbr>b&lt;c&gt;</span>')

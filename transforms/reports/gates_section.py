@@ -1,4 +1,4 @@
-"""The gates of a training run: those that failed first, and apart those that could not be judged."""
+"""The gates of a training run: first those that failed, and separately those that could not be evaluated."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 from transforms.models.stored_records import GateRecord, TrainingRecord
 
-# Gates shown at once, unless more of them failed.
+# Number of gates that are shown at once, unless more of them failed.
 SHOWN = 8
 
 
@@ -21,7 +21,7 @@ class Gate:
 
 @dataclasses.dataclass(frozen=True)
 class GatesSection:
-    """What is shown at once, what holds besides, and what was not judged."""
+    """The gates that are shown at once, other gates that hold, and gates that were not evaluated."""
 
     first: tuple[Gate, ...]
     more: tuple[Gate, ...]

@@ -1,4 +1,4 @@
-"""The head of a training report: what became of the model and why, and the figures that matter most."""
+"""The header of a training report: what became of the model and why, and the most important figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transforms.models.stored_records import ModelManifest, TrainingRecord
 
 
 class Outcome(NamedTuple):
-    """What became of the model: `pass`, `fail` or `wait`, in a few words, and why."""
+    """What became of the model: `pass`, `fail` or `wait`, a short text, and the reason."""
 
     kind: str
     title: str
@@ -20,13 +20,13 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """Which model it is, and its tiles.
+    """The model's name and version, and the tiles.
 
     Args:
         moment: when it was trained.
-        value, span: of the metric over the test split, and its 95 % interval.
-        examples: by split.
-        holding, judged, idle: gates that hold, all of them, and those that could not be judged.
+        value, span: the metric over the test split, and its 95 % interval.
+        examples: number of examples by split.
+        holding, judged, idle: number of gates that hold, of all gates, and of those that could not be evaluated.
     """
 
     model: str

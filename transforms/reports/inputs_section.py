@@ -1,4 +1,4 @@
-"""What a model goes by, in a training report: contributions of its inputs, over rows and by value."""
+"""The inputs of a model in a training report: their contributions, over rows and by value."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from transforms.reports.charts import Axis, Plot, Strip, medians
 from transforms.reports.formatting import category
 
 Floats = npt.NDArray[np.float64]
-# Inputs with a picture each, the categories of one, points of a scatter or swarm, and of one category's swarm.
+# The most inputs with a picture; categories of an input; points of a scatter or swarm; points of one category's swarm.
 PICTURES, CATEGORIES, POINTS, SWARM = 6, 10, 800, 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Moving:
-    """An input: how single rows move, if that is known, and its mean absolute contribution."""
+    """An input: its contributions to single rows, if they are known, and its mean absolute contribution."""
 
     name: str
     swarm: Strip | None
@@ -46,7 +46,7 @@ class Category:
 
 @dataclasses.dataclass(frozen=True)
 class Missing:
-    """Rows without a value, and the mean of their contributions."""
+    """The rows without a value, and the mean of their contributions."""
 
     rows: int
     mean: float
@@ -54,10 +54,10 @@ class Missing:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """Contributions by the value of one input: a plot of a number, or categories of a string; neither if all is null.
+    """Contributions by the value of one input: a plot for numbers, or categories for strings; neither if all are null.
 
     Args:
-        scale: of the categories.
+        scale: the axis of the categories.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Explained:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The section: contributions, or the `reason` why there are none."""
+    """The content of the section: contributions, or the `reason` why there are none."""
 
     reason: str | None
     explained: Explained | None = None
@@ -127,7 +127,7 @@ def explained(known: ExplanationSummary, points: Sequence[InputPoints]) -> Expla
 
 
 def _fifths(values: Sequence[float | str | None]) -> npt.NDArray[np.int64]:
-    """Fifths of numbers by rank, −1 for what has none, as categories."""
+    """The fifth (0 … 4) of each value by rank; −1 for values without a rank, such as categories."""
     if any(isinstance(value, str) for value in values):
         return np.full(len(values), -1)
     numbers = _numbers(values)
@@ -168,7 +168,7 @@ def picture(each: InputPoints, unit: str) -> Picture:
 
 
 def by_category(found: Picture, values: Sequence[float | str | None], moved: Floats, unit: str) -> Picture:
-    """A swarm for each of the most frequent categories, the greatest mean first."""
+    """A swarm for each of the most frequent categories, in descending order of the mean."""
     names = ["null" if value is None else str(value) for value in values]
     often = sorted(set(names), key=lambda name: (-names.count(name), name))[:CATEGORIES]
     x = Axis.over([0.0, *np.quantile(moved, [0.002, 0.998])], f"contribution, {unit}", ticks=3, pad=0.03)

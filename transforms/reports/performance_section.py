@@ -11,16 +11,16 @@ import numpy as np
 from schemas.models import RISING
 from transforms.models.stored_records import ExplanationRecord, ModelManifest, Spans, ThresholdRates, TrainingRecord
 from transforms.reports import charts
-from transforms.reports.charts import Axis, Key, Paths, Plot, Strip
-from transforms.reports.formatting import shown
+from transforms.reports.charts import Axis, LegendEntry, Paths, Plot, Strip
+from transforms.reports.formatting import format_number
 
-# Points of a scatter, and the most classes whose confusion is shown.
+# The most points of a scatter, and the most classes for which a confusion matrix is shown.
 POINTS, CONFUSED = 800, 20
 
 
 @dataclasses.dataclass(frozen=True)
 class RivalDifference:
-    """The champion's value of a metric, and what the model's is above it."""
+    """The champion's value of a metric, and the model's value minus that."""
 
     theirs: float | None
     value: float | None
@@ -29,7 +29,7 @@ class RivalDifference:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric with its 95 % interval; `against` is None where there is no champion to compare with."""
+    """A metric with its 95 % interval; `against` is None if there is no champion to compare with."""
 
     name: str
     value: float | None
@@ -43,23 +43,23 @@ class Curves:
     """ROC and precision by recall.
 
     Args:
-        keys: of what both show.
-        share: of positives.
-        threshold: that the gates use; None: none, or not among those that were judged.
+        keys: the legend of both.
+        share: the share of positives.
+        threshold: the threshold that the gates use; None: there is none, or it is not among the evaluated ones.
     """
 
     roc: Plot
     auc: float | None
     precision_recall: Plot
     average_precision: float | None
-    keys: tuple[Key, ...]
+    keys: tuple[LegendEntry, ...]
     share: float
     threshold: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Bin:
-    """Rows of like scores: their mean score, how many they are, and the share of positives with its 95 % interval."""
+    """Rows with similar scores: their mean score, their number, and the share of positives with its 95 % interval."""
 
     score: float
     strip: Strip
@@ -70,7 +70,7 @@ class Bin:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Reliability diagram, and how many rows each of its points stands for."""
+    """A reliability diagram, and how many rows each of its points represents."""
 
     error: float | None
     plot: Plot
@@ -80,7 +80,7 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
-    """Rates of the rows that score `at` or more; `used` by the gates or not."""
+    """Rates among the rows whose score is at least `at`; `used`: whether the gates use this threshold."""
 
     at: float
     precision: float | None
@@ -93,7 +93,8 @@ class Threshold:
 
 @dataclasses.dataclass(frozen=True)
 class Class:
-    """A class against all others: its rows, how many were taken for it, and metrics by name with their intervals."""
+    """A class against all others: its rows, how many rows were predicted to be in it, and metrics by name with their
+    intervals."""
 
     number: int
     rows: int
@@ -103,7 +104,8 @@ class Class:
 
 @dataclasses.dataclass(frozen=True)
 class Confused:
-    """Rows of a true class that were taken for a class, and their share of the true class."""
+    """Rows of a true class that were predicted to be in another or the same class, and their share of the true
+    class."""
 
     rows: int
     share: float
@@ -111,7 +113,7 @@ class Confused:
 
 @dataclasses.dataclass(frozen=True)
 class Scatter:
-    """Predicted against actual, of so many rows."""
+    """Predicted against actual values of a number of rows."""
 
     plot: Plot
     rows: int
@@ -119,7 +121,7 @@ class Scatter:
 
 @dataclasses.dataclass(frozen=True)
 class Quantile:
-    """The absolute error that a share of rows stays within."""
+    """The absolute error that a share of rows does not exceed."""
 
     share: float
     strip: Strip
@@ -128,7 +130,7 @@ class Quantile:
 
 @dataclasses.dataclass(frozen=True)
 class Errors:
-    """Predicted against actual on the sample, and quantiles of the absolute error over all rows."""
+    """Predicted against actual values on the sample, and quantiles of the absolute error over all rows."""
 
     scatter: Scatter | None
     scale: Axis
@@ -137,11 +139,11 @@ class Errors:
 
 @dataclasses.dataclass(frozen=True)
 class Performance:
-    """The section: metrics, and what the objective has to show.
+    """The content of the section: metrics, and details that depend on the objective.
 
     Args:
-        champion: version of the model that it is compared with; None: there is none.
-        auc_error: how far off AUC may be, where scores were binned.
+        champion: version of the model with which it is compared; None: there is none.
+        auc_error: the greatest error of AUC, if scores were binned.
     """
 
     objective: str
@@ -186,31 +188,32 @@ def metrics(content: TrainingRecord) -> tuple[Metric, ...]:
 
 
 def curves(content: TrainingRecord) -> Curves | None:
-    """The model's curves, the champion's beside."""
+    """The model's curves, and the champion's beside them."""
     if not content.get("roc"):
         return None
     rival, bins, at = content["rival"], content["calibration"], _at(content)
     auc, precision = content["metrics"]["auc"], content["metrics"]["average_precision"]
     x, y = Axis.share("false positive rate"), Axis.share("true positive rate")
     paths = charts.line(x, y, [0, 1], [0, 1], "thin") + _curve(x, y, content["roc"], rival.get("roc"))
-    roc = Plot(f"ROC curve, area {shown(auc or math.nan)}", x, y, paths, "1")
+    roc = Plot(f"ROC curve, area {format_number(auc or math.nan)}", x, y, paths, "1")
     share = sum(each["rows"] * each["share"] for each in bins) / sum(each["rows"] for each in bins)
     x, y = Axis.share("recall"), Axis.share("precision")
     paths = charts.line(x, y, [0, 1], [share, share], "thin")
     paths += _curve(x, y, content["precision_recall"], rival.get("precision_recall"))
     if at and at["precision"] is not None and at["recall"] is not None:
-        text = f"threshold {at['threshold']:g}: precision {shown(at['precision'])}, recall {shown(at['recall'])}"
+        shown = f"precision {format_number(at['precision'])}, recall {format_number(at['recall'])}"
+        text = f"threshold {at['threshold']:g}: {shown}"
         paths += charts.dots(x, y, [at["recall"]], [at["precision"]], "big first", [text])
-    by_recall = Plot(f"Precision by recall, average precision {shown(precision or math.nan)}", x, y, paths, "1")
+    by_recall = Plot(f"Precision by recall, average precision {format_number(precision or math.nan)}", x, y, paths, "1")
     keys = (
-        Key("first", "this model"),
-        *([Key("second", f"champion, version {rival['version']}")] if rival.get("roc") else []),
+        LegendEntry("first", "this model"),
+        *([LegendEntry("second", f"champion, version {rival['version']}")] if rival.get("roc") else []),
     )
     return Curves(roc, auc, by_recall, precision, keys, share, at["threshold"] if at else None)
 
 
 def _curve(x: Axis, y: Axis, points: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]] | None) -> Paths:
-    """A curve over its area, and the champion's between the two."""
+    """The area under a curve, the champion's curve, and the curve, in the order of drawing."""
     mine = np.array(points)
     paths = charts.band(x, y, mine[:, 0], np.zeros(len(mine)), mine[:, 1], "first")
     if theirs:
@@ -233,7 +236,8 @@ def calibration(content: TrainingRecord) -> Calibration | None:
     x, y = Axis.share("mean score of a tenth of the scale"), Axis.share("share of positives")
     scores, shares = [each["score"] for each in points], [each["share"] for each in points]
     titles = [
-        f"{each['rows']:,} rows: score {shown(each['score'])}, positives {shown(each['share'])}" for each in points
+        f"{each['rows']:,} rows: score {format_number(each['score'])}, positives {format_number(each['share'])}"
+        for each in points
     ]
     paths = (
         charts.line(x, y, [0, 1], [0, 1], "thin")
@@ -241,7 +245,7 @@ def calibration(content: TrainingRecord) -> Calibration | None:
         + charts.spans(x, y, scores, [low for low, _ in spans], [high for _, high in spans], "first")
         + charts.dots(x, y, scores, shares, "big first", titles)
     )
-    plot = Plot(f"Share of positives by score; calibration error {shown(error or 0.0)}", x, y, paths, "1")
+    plot = Plot(f"Share of positives by score; calibration error {format_number(error or 0.0)}", x, y, paths, "1")
     most = Axis.over([0, *(each["rows"] for each in points)], "rows", ticks=3)
     bins = tuple(
         Bin(each["score"], Strip(most, charts.bar(most, each["rows"], "first"), 18), each["rows"], each["share"], span)
@@ -286,7 +290,7 @@ def classes(content: TrainingRecord) -> tuple[Class, ...]:
 
 
 def confusion(content: TrainingRecord) -> tuple[tuple[Confused, ...], ...]:
-    """How often each class was taken for each other."""
+    """How often each class was predicted for each true class."""
     found = content.get("confusion") or []
     if len(found) > CONFUSED:
         return ()

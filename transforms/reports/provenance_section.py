@@ -1,4 +1,4 @@
-"""What it takes to make the model of a training report again."""
+"""Everything that is needed to train the model of a training report again."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from transforms.reports.formatting import DASH
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """What the model was made of.
+    """The content of the section.
 
     Args:
-        again: the command that makes it again; None before it is registered.
-        made_of: what, and which.
+        again: the command that trains the model again; None before it is registered.
+        made_of: (kind of input, its identity) of everything that the model was made from.
         source: the definition's text.
     """
 

@@ -1,6 +1,6 @@
-"""A training run's report: one HTML file that needs nothing else, made from `training.json`.
+"""A training run's report: one self-contained HTML file, made from `training.json`.
 
-Each section is a module that gives what is shown as a dataclass, and a template in `templates/` that gives it its form.
+Each section is a module that returns its content as a dataclass, and a template in `templates/` that formats it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FILTERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """What the page shows; sections that have nothing to show are None."""
+    """The content of the page; empty sections are None."""
 
     header: Header
     gates: GatesSection
@@ -53,17 +53,17 @@ class Page:
 
     @property
     def contents(self) -> list[tuple[str, str]]:
-        """Anchor and title of each section there is, in the page's order."""
+        """Anchor and title of each section that is not empty, in the page's order."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "header"]
         return [(name, name.capitalize()) for name in names if getattr(self, name) is not None]
 
 
 def render(content: TrainingRecord, manifest: ModelManifest, points: ExplanationRecord | None = None) -> str:
-    """The report.
+    """Renders the report.
 
     Args:
-        content: of `training.json`.
-        manifest: of the model's bundle.
+        content: the content of `training.json`.
+        manifest: the manifest of the model's bundle.
         points: the `Explanation` with single rows, as JSON values; None leaves its pictures out.
     """
     report = Page(
@@ -82,7 +82,7 @@ def render(content: TrainingRecord, manifest: ModelManifest, points: Explanation
 
 @functools.cache
 def templates() -> jinja2.Environment:
-    """The templates, which escape whatever is not HTML already, and refuse names that are not there."""
+    """The templates, which escape everything that is not marked as HTML, and refuse undefined names."""
     found = jinja2.Environment(
         loader=jinja2.PackageLoader("transforms.reports"),
         autoescape=True,

@@ -12,10 +12,10 @@ import numpy.typing as npt
 from schemas.models import RISING
 from transforms.models.stored_records import ModelManifest, TrainingRecord, TrialRecord
 from transforms.reports import charts
-from transforms.reports.charts import Axis, Key, Plot
-from transforms.reports.formatting import metric_name, shown
+from transforms.reports.charts import Axis, LegendEntry, Plot
+from transforms.reports.formatting import format_number, metric_name
 
-# Trials of the table that are shown at once; trials and points of a learning curve that are drawn; pictures.
+# The most trials that the table shows at once; trials and points of learning curves that are drawn; and pictures.
 SHOWN, TRIALS, ROUNDS, PICTURES = 12, 60, 160, 7
 
 
@@ -25,7 +25,7 @@ class TrialRow:
 
     Args:
         params: values of the parameters that the table shows, in its order.
-        kept: whether it is the one that was kept.
+        kept: whether this trial was chosen.
     """
 
     number: int
@@ -45,7 +45,7 @@ class SearchPicture:
 
     parameter: str | None
     plot: Plot
-    keys: tuple[Key, ...] = ()
+    keys: tuple[LegendEntry, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Trials:
     """The table of trials, the best first, failed ones last.
 
     Args:
-        names: of the parameters that are shown.
+        names: names of the parameters that are shown.
         halved, folded: whether trials have rungs, and whether they have folds.
     """
 
@@ -66,7 +66,7 @@ class Trials:
 
 @dataclasses.dataclass(frozen=True)
 class SearchSection:
-    """The section; `best` is None where no trial is recorded."""
+    """The content of the section; `best` is None if no trial is recorded."""
 
     metric: str
     count: int
@@ -88,7 +88,7 @@ def search(content: TrainingRecord, manifest: ModelManifest) -> SearchSection:
     names = tuple(varied or trials[0]["params"])
     learning = curves(worked, best, metric)
     pictures = [learning] if learning else []
-    room = PICTURES - 1  # that of the curves stays free where there are none
+    room = PICTURES - 1  # the place of the learning curves stays empty if there are none
     pictures += [by_parameter(name, worked, best, metric) for name in varied if _numbers(name, worked)][:room]
     return SearchSection(
         metric, len(trials), failed, _trial(best, names, best), tuple(pictures), table(trials, best, names, metric)
@@ -124,13 +124,13 @@ def table(trials: Sequence[TrialRecord], best: TrialRecord, names: tuple[str, ..
 
 
 def curves(worked: Sequence[TrialRecord], best: TrialRecord, metric: str) -> SearchPicture | None:
-    """The metric on validation after each round, thinned."""
+    """The metric on validation after each round, for some of the rounds."""
     chosen = [best, *[each for each in worked if each is not best][: TRIALS - 1]]
     thin = {each["trial"]: _thinned(each["history"]) for each in chosen}
     values = np.concatenate([found for _, found in thin.values()])
     if not len(values):
         return None
-    # The first rounds are far from the rest, and say little.
+    # The first rounds are far from the rest, and not informative.
     low, high = np.quantile(values, [0.02, 1.0] if metric in RISING else [0.0, 0.98])
     x = Axis.over([1.0, *(float(at.max()) for at, _ in thin.values() if len(at))], "boosting rounds")
     y = Axis.over([low, high], f"validation {metric_name(metric)}", pad=0.04)
@@ -138,17 +138,20 @@ def curves(worked: Sequence[TrialRecord], best: TrialRecord, metric: str) -> Sea
     paths = [path for at, found in others for path in charts.line(x, y, at, found, "thin solid")]
     at, found = thin[best["trial"]]
     paths += charts.line(x, y, at, found, "first")
-    rounds, value = best["rounds"], shown(_value(best))
+    rounds, value = best["rounds"], format_number(_value(best))
     if best["history"]:
         title = f"trial {best['trial']}, round {rounds}: {value}"
         paths += charts.dots(x, y, [rounds], [_number(best["history"][rounds - 1])], "big first", [title])
     label = f"Validation {metric_name(metric)} by boosting round; the best trial ends at {value} after {rounds} rounds"
-    keys = (Key("first", f"trial {best['trial']}, kept"), *([Key("thin solid", "others")] if others else []))
+    keys = (
+        LegendEntry("first", f"trial {best['trial']}, kept"),
+        *([LegendEntry("thin solid", "others")] if others else []),
+    )
     return SearchPicture(None, Plot(label, x, y, tuple(paths)), keys)
 
 
 def _thinned(history: Sequence[float | None]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Rounds and their values, at most `ROUNDS`, those without a value left out."""
+    """Rounds and their values, at most `ROUNDS`, without rounds that have no value."""
     values = np.array([math.nan if value is None else value for value in history], np.float64)
     if not len(values):
         return np.zeros(0), values
@@ -158,7 +161,7 @@ def _thinned(history: Sequence[float | None]) -> tuple[npt.NDArray[np.float64], 
 
 
 def _value(each: TrialRecord) -> float:
-    """The value of a trial that worked."""
+    """The value of a trial that did not fail."""
     return _number(each["value"])
 
 
@@ -174,13 +177,14 @@ def _numbers(name: str, worked: Sequence[TrialRecord]) -> bool:
 
 
 def by_parameter(name: str, worked: Sequence[TrialRecord], best: TrialRecord, metric: str) -> SearchPicture:
-    """The metric of each trial against one of its parameters; in steps of factors where values span more than 20."""
+    """The metric of each trial against one of its parameters; the scale is logarithmic if values span more than a
+    factor of 20."""
     values = [_number(each["params"][name]) for each in worked]
     found = [_value(each) for each in worked]
     log = min(values) > 0 and max(values) / min(values) > 20
     x = Axis.over(values, name, log=log, pad=0.05)
     y = Axis.over(found, f"validation {metric_name(metric)}", pad=0.08)
-    titles = [f"trial {each['trial']}: {shown(_value(each))}" for each in worked]
+    titles = [f"trial {each['trial']}: {format_number(_value(each))}" for each in worked]
     marks = charts.dots(x, y, values, found, "second", titles)
     kept = f"trial {best['trial']}, kept"
     marks += charts.dots(x, y, [_number(best["params"][name])], [_value(best)], "big first", [kept])

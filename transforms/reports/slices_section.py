@@ -1,4 +1,4 @@
-"""Slices of the test split in a training report, as forest plots; those that a gate failed are marked."""
+"""Slices of the test split in a training report, as forest plots; slices that made a gate fail are marked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transforms.reports import charts
 from transforms.reports.charts import Axis, Strip
 from transforms.reports.formatting import category, metric_name
 
-# Slices of one group that are shown at once, and at all.
+# The most slices of one group that are shown at once, and that are shown at all.
 SHOWN, MOST = 25, 200
 
 
@@ -19,7 +19,7 @@ class SliceRow:
     """One slice: its values, and its metric with a 95 % interval.
 
     Args:
-        pale: too few rows to be judged by.
+        pale: whether it has too few rows for a gate.
     """
 
     name: str
@@ -57,7 +57,7 @@ class SliceGroup:
 
 @dataclasses.dataclass(frozen=True)
 class SlicesSection:
-    """The section; slices of fewer than `least` rows are not judged."""
+    """The content of the section; gates ignore slices of fewer than `least` rows."""
 
     least: int | None
     groups: tuple[SliceGroup, ...]

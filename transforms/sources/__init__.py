@@ -1,8 +1,8 @@
-"""The tables that users bring: their contracts, their files, reading them, and an account of every row.
+"""The tables that users provide: their contracts, their files, reading them, and an account of every row.
 
-`take_inventory` lists the files of a view's sources, refuses what is neither read nor passed over, and reads the
-Parquet footers.  `unchanged` checks at the end that the files are still those that were listed.  `read_slices` reads
-the row groups and columns that are needed, checks each row against the contract of its source, and returns three
+`take_inventory` lists the files of a view's sources, refuses files that are neither read nor skipped, and reads the
+Parquet footers.  `require_unchanged` checks at the end that the files are still those that were listed.  `read_slices`
+reads the row groups and columns that are needed, checks each row against the contract of its source, and returns three
 things: the good rows, the bad ones as dead letters, and a `SourceTally` that counts each row in exactly one place.
 `Digests` of the rows of each day show which days have changed since an earlier run.
 """
@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
-    from transforms.sources.contracts import IN_YEARS, UNREADABLE, Contract, check_rows, not_whole, outside_years
+    from transforms.sources.contracts import IN_YEARS, READ_ERRORS, Contract, check_rows, not_whole, outside_years
     from transforms.sources.conversions import (
         PROBLEM,
         Twice,
         converted,
-        holds,
         problem_free,
+        type_holds,
         with_problems,
         without_problems,
     )
     from transforms.sources.data_files import DataFile, ParquetData, open_file, open_parquet, stamp_of
-    from transforms.sources.day_digests import Digests, add
+    from transforms.sources.day_digests import Digests, add_digests
     from transforms.sources.dead_letters import (
         DEAD_LETTERS,
         LIVE_DEAD_LETTERS,
@@ -40,29 +40,29 @@ if TYPE_CHECKING:
     from transforms.sources.inventory import (
         HAS_FILES,
         Inventory,
-        files_of,
+        source_files,
         spine_contract,
-        survey,
         survey_files,
+        survey_source,
         take_inventory,
         version_of,
     )
-    from transforms.sources.listing import Listing, is_hidden, unchanged
+    from transforms.sources.listing import Listing, is_hidden, require_unchanged
     from transforms.sources.reader import (
-        CHUNK_ROWS,
-        Read,
+        READ_CHUNK_ROWS,
         ReadOptions,
-        Repeats,
-        locate,
+        RepeatedKeys,
+        SourceRows,
+        locate_rows,
         read_raw,
         read_slices,
         repeats_of,
         stream_slices,
         without_repeats,
     )
-    from transforms.sources.repeats import NEVER, Ints, KnownOrder
+    from transforms.sources.repeats import NEVER_REPEATED, Ints, KnownOrder
     from transforms.sources.slices import Slice, Slices
-    from transforms.sources.tallies import AS_EVENTS, SourceTally, add_tallies, conserve, digests_read
+    from transforms.sources.tallies import AS_EVENTS, SourceTally, add_tallies, digests_read, require_conserved
     from transforms.sources.text_rewriting import rewrite_text
 
 import_when_used(__name__)

@@ -31,7 +31,7 @@ from transforms.sources.formats import CSV, JSON, format_of
 
 # Polars prints times to the year 262 143.
 _PRINTED = 2**62
-# Begins the text that stands for bytes that are not UTF-8.  No text has this character: it is set apart by Unicode.
+# Begins the text that replaces bytes that are not UTF-8.  Unicode reserves this character, so no other text has it.
 _NOT_UTF8 = "\U0010ffff"
 # The years 1 to 9999, which Delta tables and Python's datetime can hold, `[from, to)` in µs and in days since 1970.
 YEARS = (-62_135_596_800_000_000, 253_402_300_800_000_000)
@@ -39,12 +39,12 @@ _YEARS_DAYS = tuple(each // 86_400_000_000 for each in YEARS)
 IN_YEARS = "a time is in the years 1 to 9999"
 
 
-# What Arrow raises when it reads bytes that are no Parquet, or whose footer contradicts them.
-UNREADABLE = (OSError, pa.ArrowException, OverflowError, UnicodeDecodeError)
+# What Arrow raises when it reads a file that is not Parquet, or whose footer is wrong.
+READ_ERRORS = (OSError, pa.ArrowException, OverflowError, UnicodeDecodeError)
 
 
 def not_whole(source: Source, path: str, error: BaseException) -> ContractError:
-    """The refusal of a file that cannot be read."""
+    """The error for a file that cannot be read."""
     reason = (str(error).splitlines() or ["unreadable"])[0]
     kind = {CSV: "CSV", JSON: "JSON lines"}.get(str(format_of(path)), "Parquet")
     return ContractError(
@@ -56,12 +56,12 @@ def not_whole(source: Source, path: str, error: BaseException) -> ContractError:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Partitions:
-    """Columns of a Delta table that are in its log and may be missing in a file.
+    """Columns of a Delta table that its log declares, but that a file may lack.
 
     Args:
-        types: of the columns by which it is partitioned.
-        values: of those, for each file.
-        columns: types of the table's other columns.  One that was added later is not in older files, and null there.
+        types: types of the partition columns.
+        values: values of the partition columns, by file.
+        columns: types of the table's other columns.  Older files lack a column that was added later; it is null there.
     """
 
     types: Mapping[str, pa.DataType]
@@ -75,11 +75,11 @@ class Contract:
 
     Args:
         source: the source.
-        columns: those by which rows are checked.
-        required: columns that may not be null beside the time: a spine's key.
-        now: µs since 1970; stamps further ahead of it than `source.ahead` are implausible.
-        partitions: columns of a Delta table that may not be in its files (see `inventory.survey`).
-        ordering: further columns that are read, only to put rows in order (see `FeatureView.columns_ordering`).
+        columns: the columns by which rows are checked.
+        required: columns besides the time that must not be null: a spine's key.
+        now: µs since 1970; times that are later by more than `source.ahead` are implausible.
+        partitions: columns of a Delta table that its files may lack (see `inventory.survey`).
+        ordering: further columns that are read only to put rows in order (see `FeatureView.columns_ordering`).
         twice: which instant a local time is that occurs twice.  The later one for events, which are then not known too
             early, and the earlier one for spine rows, which then see no more than they may.
     """
@@ -112,7 +112,7 @@ class Contract:
 
     @functools.cached_property
     def latest(self) -> int:
-        """Times from here on are implausible, µs."""
+        """Times from this one on are implausible, µs."""
         return min(self.now, 2**62) + microseconds(self.source.ahead, zero=True) + 1
 
     @functools.cached_property
@@ -122,7 +122,7 @@ class Contract:
 
     @functools.cached_property
     def rules(self) -> list[tuple[str, str, pl.Expr]]:
-        """(field, rule, condition under which a row breaks it), the first broken one is the reason."""
+        """(field, rule, condition under which a row breaks it). The first broken rule is the reason for a rejection."""
         source = self.source
         rules: list[tuple[str, str, pl.Expr]] = []
         for name in (source.time, source.event_time):
@@ -186,7 +186,7 @@ class Contract:
             values = [pl.Series(name, [given.get(name)]).new_from_index(0, table.num_rows) for name in others]
             text = {*(inside if is_text(table.schema) else ()), *(others if self.partitions is None else ())}
             return self.convert(pl.DataFrame([*frame.get_columns(), *values]), text)
-        except (*UNREADABLE, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        except (*READ_ERRORS, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise not_whole(self.source, file, error) from None
 
     def convert(self, frame: pl.DataFrame, text: Collection[str] = ()) -> pl.DataFrame:
@@ -414,21 +414,30 @@ def hive_values(path: str) -> Mapping[str, str | None]:
 
 
 def as_frame(table: pa.Table) -> pl.DataFrame:
-    """Columns of a file for Polars: without notes of the writer, and times of any zone as UTC, which is how they are
-    kept."""
+    """Columns of a file for Polars: without the writer's metadata, and with times of any zone as UTC, which is how
+    Arrow stores them."""
     columns: dict[str, pa.ChunkedArray] = {}
     for name, column in zip(table.column_names, _with_valid_text(table).columns, strict=True):
         zoned = pa.types.is_timestamp(column.type) and column.type.tz not in (None, "UTC")  # a cast imports pandas
-        columns[name] = column.cast(pa.timestamp(column.type.unit, "UTC")) if zoned else column
+        column = column.cast(pa.timestamp(column.type.unit, "UTC")) if zoned else column
+        seconds = pa.types.is_timestamp(column.type) and column.type.unit == "s"
+        columns[name] = _of_seconds(column) if seconds else column
     if not columns:
         return pl.DataFrame()
     return pl.DataFrame(pl.from_arrow(pa.table(columns)))
 
 
-def _with_valid_text(table: pa.Table) -> pa.Table:
-    """`table` with a text in place of bytes that are not UTF-8: `_NOT_UTF8` and the bytes in hexadecimal.
+def _of_seconds(times: pa.ChunkedArray) -> pa.Array:
+    """Times of seconds in µs, those beyond as the furthest there is: Polars would let them wrap around."""
+    numbers = pl.Series(pl.from_arrow(times.cast(pa.int64())))
+    most = (2**63 - 1) // 1_000_000
+    return (numbers.clip(-most, most) * 1_000_000).to_arrow().cast(pa.timestamp("us", times.type.tz))
 
-    Neither a Parquet file nor an Arrow message is checked when it is read, and Polars trusts what it is given.
+
+def _with_valid_text(table: pa.Table) -> pa.Table:
+    """`table`, with bytes that are not UTF-8 replaced by `_NOT_UTF8` and the bytes in hexadecimal.
+
+    Arrow does not check the text of a Parquet file or a message when it reads it, and Polars relies on it.
     """
     for i, field in enumerate(table.schema):
         text = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
@@ -450,7 +459,7 @@ def _valid_text(texts: pa.Array) -> pa.Array:
     wide = pa.types.is_large_string(texts.type)
     kind = pa.large_binary() if wide else pa.binary()
     raw = pa.Array.from_buffers(kind, len(texts), texts.buffers(), texts.null_count, texts.offset)
-    # One by one: only arrays with such bytes come here, and Polars refuses to cast any of their values.
+    # Value by value: only arrays with such bytes get here, and Polars refuses to cast any of their values.
     return pa.array([_text_of(value) for value in raw.to_pylist()], pa.large_string())
 
 
@@ -462,7 +471,8 @@ def _text_of(value: bytes | None) -> str | None:
 
 
 def readable(frame: pl.DataFrame) -> pl.DataFrame:
-    """`frame` with times of ms in µs, those beyond as the furthest there is: a cast of Polars would panic."""
+    """`frame` with times in ms converted to µs; times that do not fit become the first or last that does. A cast by
+    Polars would panic."""
     wide = [name for name, dtype in frame.schema.items() if isinstance(dtype, pl.Datetime) and dtype.time_unit == "ms"]
     most = (2**63 - 1) // 1000
     return frame.with_columns(
@@ -472,12 +482,12 @@ def readable(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def check_rows(contract: Contract, frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Split rows into those that keep the contract (NaN turned to null, −0.0 to 0.0) and dead letters with the first
-    rule broken.
+    """Splits rows into those that satisfy the contract (NaN becomes null, and −0.0 becomes 0.0) and dead letters with
+    the first rule that is broken.
 
     Returns:
-        (rows that keep it, dead letters of schema `ROW_DEAD_LETTERS`: place in `frame`, field, rule, value, plausible
-        time in µs or null).
+        (rows that satisfy it, dead letters of schema `ROW_DEAD_LETTERS`: position in `frame`, field, rule, value,
+        plausible time in µs or null).
     """
     if contract.source.condition is None and "__rule" not in frame.columns:
         return _check_values(contract, frame)
@@ -556,7 +566,7 @@ def _dead_letters(contract: Contract, bad: pl.DataFrame, rules: list[tuple[str, 
 
 
 def _shown(name: str, dtype: pl.DataType) -> pl.Expr:
-    """A column's values as text; of times beyond those that Polars can print, the last that it can."""
+    """A column's values as text; times beyond those that Polars can print become the last that it can print."""
     if isinstance(dtype, pl.Datetime):
         return pl.col(name).to_physical().clip(-_PRINTED, _PRINTED).cast(dtype).cast(pl.String)
     if dtype == pl.Date:
@@ -567,6 +577,6 @@ def _shown(name: str, dtype: pl.DataType) -> pl.Expr:
 
 
 def outside_years(times: pl.Expr, dtype: pl.DataType) -> pl.Expr:
-    """Whether each date or time (µs) is outside the years 1 to 9999; null for null."""
+    """Whether each date or time (µs) is outside the years 1 to 9999; null where it is null."""
     first, end = _YEARS_DAYS if dtype == pl.Date else YEARS
     return ~times.to_physical().is_between(first, end, closed="left")

@@ -64,10 +64,10 @@ class Reading:
     twice: Twice = "latest"
 
 
-def holds(declared: pl.DataType, found: pa.DataType) -> bool:
+def type_holds(declared: pl.DataType, found: pa.DataType) -> bool:
     """Whether every value of Arrow type `found` is one of Polars type `declared`, so that none needs a check."""
     if pa.types.is_dictionary(found):
-        return holds(declared, found.value_type)
+        return type_holds(declared, found.value_type)
     if declared == pl.String:
         return pa.types.is_string(found) or pa.types.is_large_string(found)
     if declared == pl.Boolean:
@@ -110,7 +110,7 @@ def refusal(declared: pl.DataType, found: pa.DataType, reading: Reading) -> str 
             return None if reading.zone else "zone"
         if pa.types.is_integer(found) or pa.types.is_floating(found):
             return None if reading.unit else "unit"
-    if holds(declared, found):
+    if type_holds(declared, found):
         return None
     if declared.is_integer():
         same = pa.types.is_integer(found) and found.bit_width == _width(declared)

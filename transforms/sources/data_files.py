@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from schemas.errors import ContractError
 from schemas.sources import Source
-from transforms.sources.contracts import TEXT, UNREADABLE, Contract, not_whole
+from transforms.sources.contracts import READ_ERRORS, TEXT, Contract, not_whole
 from transforms.sources.formats import is_text
 from transforms.sources.slices import Slice
 from transforms.sources.text_files import BROKEN, TextFile
@@ -185,7 +185,7 @@ def open_parquet(path: str, source: Source) -> pq.ParquetFile:
             with contextlib.suppress(OSError, pa.ArrowException):  # the first error is the one to report
                 return pq.ParquetFile(opened(), metadata=_metadata(opened()), coerce_int96_timestamp_unit="us")
             raise
-    except (*UNREADABLE, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
+    except (*READ_ERRORS, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
         reason = (str(error).splitlines() or ["unreadable"])[0]
         if isinstance(error, PermissionError):
             raise ContractError(f"Source {source.name!r}: every file can be read", reason, "Grant access") from None

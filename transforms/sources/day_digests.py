@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import polars as pl
 
-from transforms.records.row_hashing import combine, hash_column
+from transforms.records.row_hashing import combine_hashes, hash_column
 from transforms.records.times import day_number
 from transforms.sources.contracts import Contract, rows_of_source
 
@@ -27,7 +27,7 @@ def day_digests(contract: Contract, frame: pl.DataFrame, low: int = -(2**62), hi
         moments = frame[str(contract.source.time)].to_physical()
     if not len(frame):
         return {}
-    hashes = combine([hash_column(frame[name]) for name in contract.read])
+    hashes = combine_hashes([hash_column(frame[name]) for name in contract.read])
     days = day_number(moments.to_numpy())
     if (days[1:] < days[:-1]).any():
         order = np.argsort(days, kind="stable")
@@ -38,7 +38,7 @@ def day_digests(contract: Contract, frame: pl.DataFrame, low: int = -(2**62), hi
     return {int(day): (int(count), int(total)) for day, count, total in zip(days[starts], counts, sums, strict=True)}
 
 
-def add(parts: Iterable[Mapping[int, tuple[int, int]]]) -> Digests:
+def add_digests(parts: Iterable[Mapping[int, tuple[int, int]]]) -> Digests:
     """Adds the digests of disjoint sets of rows."""
     result: Digests = {}
     for part in parts:

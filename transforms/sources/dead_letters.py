@@ -1,6 +1,6 @@
 """Dead letters: rows that break a contract, files and messages that cannot be read. All their schemas are here.
 
-A dead letter of a batch source begins without a file (`ROW_DEAD_LETTERS`), gets its file and row in it
+A dead letter of a batch source begins without a file (`ROW_DEAD_LETTERS`), then gets its file and row
 (`SOURCE_DEAD_LETTERS`), and is stored in the table of the view (`DEAD_LETTERS`). A dead letter of a live job names the
 partition and offset of its message (`MESSAGE_DEAD_LETTERS`) and is stored in the live table (`LIVE_DEAD_LETTERS`).
 """
@@ -111,13 +111,14 @@ def message_dead_letters(source: str, rows: pl.DataFrame, field: str, rule: str,
 def as_message_dead_letters(
     dead_letters: pl.DataFrame, partition: int, paths: Iterable[str], version: str, *more: pl.Expr
 ) -> pl.DataFrame:
-    """Dead letters of files in the columns of a message's, one per file and row, with the columns `more` at the end.
+    """Dead letters of files with the columns of `MESSAGE_DEAD_LETTERS`, one per file and row, with the columns `more`
+    at the end.
 
     Args:
         dead_letters: of `SOURCE_DEAD_LETTERS`.
         partition: negative, since no topic has such a partition.
         paths: the files that were read; `place` is the file's number among them in sorted order.
-        version: what was read, for the rule's text.
+        version: what was read, for the text of the rule.
     """
     numbers = {path: number for number, path in enumerate(sorted({*paths}))}
     file = pl.col("file").str.split("/").list.last()

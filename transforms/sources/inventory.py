@@ -1,4 +1,4 @@
-"""The files of a source, their row groups and times, and the stamps that show whether a file has changed."""
+"""The files of a source, their row groups and times, and the stamps by which a changed file is noticed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import polars as pl
 import pyarrow as pa
@@ -16,16 +17,17 @@ from schemas.errors import ContractError, DataError
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.times import day_number, midnight
-from transforms.sources.contracts import UNREADABLE, Contract, Mismatch, Partitions, refused
+from transforms.sources.contracts import READ_ERRORS, Contract, Mismatch, Partitions, refused
 from transforms.sources.conversions import LocalTimes, Twice
 from transforms.sources.data_files import open_file
 from transforms.sources.formats import SUFFIXES, is_text
 from transforms.sources.listing import LOG, Listing, list_files
 from transforms.sources.slices import Slice, Slices
 from transforms.sources.surveying import survey_batch, wrong_columns
-from transforms.storage.delta_log import path_within, versions
+from transforms.storage.delta_log import path_within
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
 from transforms.storage.file_systems import FileSystems
+from transforms.storage.log_check import IncompleteLogError
 from transforms.storage.paths import place_of
 
 # Primitive types of Delta tables.
@@ -43,7 +45,7 @@ _ARROW = {
     "timestamp": pa.timestamp("us", "UTC"),
     "timestamp_ntz": pa.timestamp("us"),
 }
-# Files that one thread reads before it takes more.
+# Number of files that a thread takes at a time.
 FILES_AT_ONCE = 64
 # Ends the rule of the error where a source has none.
 HAS_FILES = "has files"
@@ -55,13 +57,13 @@ def version_of(root: str, source: Source) -> int | None:
     return None if table is None else int(table.version())
 
 
-def files_of(root: str, source: Source, version: int | None = None) -> list[str]:
+def source_files(root: str, source: Source, version: int | None = None) -> list[str]:
     """The source's files under `<root>/<name>` or its `path=`, sorted; of a Delta table those of `version`, None its
     newest.
 
     Raises:
-        DataError: there are none, or a folder cannot be looked into.
-        ContractError: something under the folder is neither read nor passed over, see `listing`.
+        DataError: there are none, or a folder cannot be listed.
+        ContractError: an entry of the folder is neither read nor skipped, see `listing`.
         StoreError: the log of a Delta table cannot be read.
     """
     folder = place_of(root, source)
@@ -70,10 +72,10 @@ def files_of(root: str, source: Source, version: int | None = None) -> list[str]
 
 
 def listing_of(root: str, source: Source) -> Listing:
-    """The files of a source that is no Delta table.
+    """The files of a source that is not a Delta table.
 
     Raises:
-        DataError, ContractError: as `files_of`.
+        DataError, ContractError: as `source_files`.
     """
     folder = place_of(root, source)
     listing = list_files(source.name, folder, source.path is not None)
@@ -88,18 +90,25 @@ def listing_of(root: str, source: Source) -> Listing:
 
 
 def _delta_table(source: Source, folder: str, version: int | None = None) -> DeltaTable | None:
-    """The source's Delta table; None where there is no log.
+    """The source's Delta table; None if there is no log.
 
     Raises:
-        ContractError: there is a log of no commit, or there are files beside the table's folder.
+        ContractError: the log has no commit, or there are files beside the table's folder.
         StoreError: the log cannot be read.
     """
     if not _has_log(folder):
         return None
-    table = open_table(folder, version)
+    try:
+        table = open_table(folder, version)
+    except IncompleteLogError as error:
+        raise ContractError(
+            f"Source {source.name!r}: every commit of a Delta table is whole",
+            str(error.value),
+            "Restore the file, or restore the table to the version before it",
+        ) from None
     log = FileSystems.join(folder, LOG)
     if table is None:
-        # Without its log nobody knows which of the files hold rows that were replaced.
+        # Without the log, it is unknown which files hold rows that were replaced.
         raise ContractError(
             f"Source {source.name!r}: a Delta table has a log",
             f"no commit in {log}",
@@ -112,33 +121,7 @@ def _delta_table(source: Source, folder: str, version: int | None = None) -> Del
                 f"{folder} and {beside}",
                 "Move one of them away",
             )
-    _check_commits(source, folder, int(table.version()))
     return table
-
-
-def _check_commits(source: Source, folder: str, version: int) -> None:
-    """Refuses commits that were cut off: delta-rs takes an empty one for a commit that changed nothing.
-
-    Only those that are read are checked, which are the ones behind the last checkpoint.
-    """
-    log = FileSystems.join(folder, LOG)
-    if "://" in folder:
-        return  # an object is written whole or not at all
-    checkpoints = [
-        int(name[:20]) for name in os.listdir(log) if name[:20].isdigit() and name[20:].startswith(".checkpoint.")
-    ]
-    start = max((each for each in checkpoints if each <= version), default=-1)
-    for each in versions(folder):
-        if start < each <= version:
-            path = os.path.join(log, f"{each:020}.json")
-            with open(path, "rb") as file:
-                first = file.readline().strip()
-            if first in (b"", b"{}"):
-                raise ContractError(
-                    f"Source {source.name!r}: every commit of a Delta table is whole",
-                    f"{path}, which is empty",
-                    "Restore the file, or restore the table to the version before it",
-                )
 
 
 def _has_log(folder: str) -> bool:
@@ -150,12 +133,12 @@ def _has_log(folder: str) -> bool:
 
 
 def slices_of(root: str, contract: Contract, version: int | None = None) -> list[Slice]:
-    """Every row group of a source, from the files' footers; of a Delta table those of `version`, None its newest.
+    """Every row group of a source, from the files' footers; for a Delta table, those of `version` (None: its newest).
 
     Raises:
-        ContractError: a file is not Parquet or truncated, or its columns are not those declared.
+        ContractError: a file is not Parquet, is truncated, or does not have the declared columns.
     """
-    return survey(root, contract, version)[1]
+    return survey_source(root, contract, version)[1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,22 +157,23 @@ class Surveyed:
 
     @property
     def listings(self) -> tuple[Listing, ...]:
-        """What is to be as it was when the source has been read."""
+        """The listings that must still be the same when the source has been read."""
         return () if self.listing is None else (self.listing,)
 
 
-def survey(root: str, contract: Contract, version: int | None = None) -> tuple[Contract, list[Slice]]:
-    """`slices_of`, and the contract by which to read them: of a Delta table it knows the columns that its log holds.
+def survey_source(root: str, contract: Contract, version: int | None = None) -> tuple[Contract, list[Slice]]:
+    """As `slices_of`, with the contract by which to read the row groups. For a Delta table, it has the columns of the
+    log.
 
     Raises:
-        ContractError: as `slices_of`; a Delta table needs more than its files and partitions to be read right.
+        ContractError: as `slices_of`; or a Delta table uses a feature without which it cannot be read correctly.
     """
     found = survey_files(root, contract, version)
     return found.contract, list(found.slices)
 
 
 def survey_files(root: str, contract: Contract, version: int | None = None) -> Surveyed:
-    """`survey`, and the listing by which to check at the end that nothing was removed or replaced meanwhile.
+    """As `survey_source`, with the listing by which to check at the end that no file was removed or replaced meanwhile.
 
     Raises:
         ContractError: as `survey`; one for everything that is wrong with the files.
@@ -216,7 +200,28 @@ def look_at(root: str, contract: Contract, version: int | None = None) -> Survey
     if wrong:
         return _by_both(contract, paths, wrong)
     local = {path: count for part in parts for path, count in part.local.items()}
-    return Surveyed(contract, Slices(each for part in parts for each in part.slices), listing, local)
+    slices = Slices(each for part in parts for each in part.slices)
+    if table is not None:
+        _require_logged_rows(contract.source, table, slices)
+    return Surveyed(contract, slices, listing, local)
+
+
+def _require_logged_rows(source: Source, table: DeltaTable, slices: Iterable[Slice]) -> None:
+    """Checks that each file of a Delta source has as many rows as its log says, where it says so."""
+    root, known = table_root(table), pl.DataFrame(table.get_add_actions(flatten=True))
+    if "num_records" not in known.columns:
+        return
+    found = Counter[str]()
+    for each in slices:
+        found[each.path] += each.rows
+    for logged, rows in known.select("path", "num_records").iter_rows():
+        path = FileSystems.join(root, path_within(root, logged))
+        if rows is not None and found[path] != rows:
+            raise ContractError(
+                f"Source {source.name!r}: a file of a Delta table has the rows that were committed with it",
+                f"{path}: {found[path]} rows, and {rows} by the table's log",
+                "Restore the file, or have the table's owner write the rows again",
+            )
 
 
 def _by_both(
@@ -227,7 +232,7 @@ def _by_both(
     if len(mismatches) < len(wrong) or len({each.column for each in mismatches}) > 1 or "missing" in mismatches[0].kind:
         return wrong
     name, bad = mismatches[0].column, {each.file for each in mismatches}
-    with contextlib.suppress(ContractError, *UNREADABLE):  # the first error is the one to report
+    with contextlib.suppress(ContractError, *READ_ERRORS):  # the first error is the one to report
         for path in paths:
             schema = open_file(path, contract.source).schema
             if path not in bad and name in schema.names and not is_text(path):
@@ -237,7 +242,7 @@ def _by_both(
 
 
 def _partitions(table: DeltaTable, contract: Contract) -> Partitions:
-    """Declared columns of a Delta source, and the values of those by which it is partitioned."""
+    """Declared columns of a Delta source, and the values of its partition columns."""
     what, uri = f"Source {contract.source.name!r}", table_root(table)
     features = table.protocol().reader_features or []
     if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
@@ -286,8 +291,8 @@ def _deleted(table: DeltaTable) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inventory:
-    """Everything a view reads, as it lies there now: contracts and slices per source, the spine's under its own name,
-    and the files of the sources that are not Delta tables."""
+    """Everything that a view reads, as it is now: contracts and slices by source (the spine under its own name), and
+    the files of the sources that are not Delta tables."""
 
     spine: Contract
     contracts: Mapping[str, Contract]
@@ -299,8 +304,7 @@ class Inventory:
         return self.spine if source == self.spine.source.name else self.contracts[source]
 
     def timeless(self, source: str) -> Slices:
-        """Row groups in which no time is plausible: no interval reaches them, and yet their rows are to be accounted
-        for."""
+        """Row groups in which no time is plausible: no interval contains them, but their rows must be accounted for."""
         contract = self.contract(source)
         return Slices(
             each for each in self.slices[source] if each.high < contract.earliest or each.low >= contract.latest
@@ -328,7 +332,7 @@ class Inventory:
 
     @functools.cached_property
     def extent(self) -> tuple[int, int]:
-        """Whole days that hold every plausible spine row, µs; (0, 0) without any."""
+        """The span of whole days that contains every plausible spine row, µs; (0, 0) if there is none."""
         spine, earliest, latest = self.slices[self.spine.source.name], self.spine.earliest, self.spine.latest
         lows = [max(each.low, earliest) for each in spine if each.high >= earliest and each.low < latest]
         highs = [min(each.high, latest - 1) for each in spine if each.high >= earliest and each.low < latest]
@@ -345,7 +349,7 @@ def spine_contract(view: FeatureView, now: int = 2**62) -> Contract:
 def take_inventory(view: FeatureView, root: str, now: int) -> Inventory:
     """The sources of `view` under `root`, from footers alone; `now` (µs) is for the check of times in the future.
 
-    The spine as a source of events is read under the very rules of the spine: a row is good or bad, not both.
+    The spine as a source of events is read under the rules of the spine: a row is good or bad, not both.
 
     Raises:
         DataError: a source without files.

@@ -1,4 +1,4 @@
-"""The entries under a source's folder: each is a file to read, is passed over by its name and named, or is refused.
+"""The entries under a source's folder: each is read, is skipped and named in a warning, or is refused.
 
 Names that begin with `.` or `_` are passed over, as Spark, Hive and Arrow do: writers keep markers and unfinished files
 under such names.  Everything else has to be a folder or a file of rows: Parquet, CSV or JSON lines, by its name.
@@ -57,7 +57,7 @@ class Listing(PickledOnce):
         """Lists the folder again; returns the files that were added since, sorted.
 
         Raises:
-            DataError: a file was removed or replaced since: what was read may be neither the old rows nor the new ones.
+            DataError: a file was removed or replaced: the rows that were read may be a mixture of old and new ones.
         """
         now = list_files(self.source, self.folder, self.named).files
         gone = sorted(self.files.keys() - now.keys())
@@ -66,7 +66,7 @@ class Listing(PickledOnce):
             parts = ((gone, "gone"), (replaced, "replaced"))
             raise DataError(
                 f"Source {self.source!r}: its files stay as they are while a run reads them",
-                "; ".join(f"{shown(paths)} {what} since the run began" for paths, what in parts if paths),
+                "; ".join(f"{first_few(paths)} {what} since the run began" for paths, what in parts if paths),
                 "Run the same command again; write new files aside and rename them",
             )
         return tuple(sorted(now.keys() - self.files.keys()))
@@ -75,9 +75,8 @@ class Listing(PickledOnce):
 Passed = TypeVar("Passed")
 
 
-def unchanged(passed: Passed, listings: Sequence[Listing]) -> Passed:
-    """Returns `passed` if every source still has the files that a run listed when it began; names those that were
-    added.
+def require_unchanged(passed: Passed, listings: Sequence[Listing]) -> Passed:
+    """Returns `passed` if every source still has the files that a run listed when it began; logs those that were added.
 
     Raises:
         DataError: see `Listing.check_unchanged`.
@@ -87,12 +86,12 @@ def unchanged(passed: Passed, listings: Sequence[Listing]) -> Passed:
             log.warning(
                 "source %s: not read, since they were added after the run began: %s; the next run reads them",
                 listing.source,
-                shown(added),
+                first_few(added),
             )
     return passed
 
 
-def shown(paths: Iterable[str], most: int = _NAMED) -> str:
+def first_few(paths: Iterable[str], most: int = _NAMED) -> str:
     """The first few of some names, and how many more there are."""
     names = list(paths)
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
@@ -118,12 +117,12 @@ def list_files(source: str, folder: str, named: bool = False) -> Listing:
 
 @functools.lru_cache(1024)
 def _name_passed_over(source: str, names: tuple[str, ...]) -> None:
-    """Logs it once, however often the source is listed."""
-    log.warning("source %s: passed over, since their names begin with . or _: %s", source, shown(names))
+    """Logs the skipped entries once, however often the source is listed."""
+    log.warning("source %s: passed over, since their names begin with . or _: %s", source, first_few(names))
 
 
 def is_hidden(name: str) -> bool:
-    """Whether an entry is passed over. `_year=2024` is the folder of a partition, as Spark takes it."""
+    """Whether an entry is skipped. `_year=2024` is the folder of a partition, as in Spark."""
     return name.startswith(".") or (name.startswith("_") and "=" not in name)
 
 
@@ -132,13 +131,13 @@ def _worth_naming(name: str) -> bool:
 
 
 class _Walk:
-    """One walk through a local folder, links followed."""
+    """One walk through a local folder; links are followed."""
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.files: dict[str, tuple[int, float]] = {}
         self.passed_over: list[str] = []
-        # Device and inode of each folder and file → its path.
+        # (Device, inode) of each folder and file → its path.
         self.seen: dict[tuple[int, int], str] = {}
 
     def listing(self, folder: str, named: bool) -> Listing:
@@ -220,7 +219,7 @@ class _Walk:
         self.files[path] = (status.st_size, status.st_mtime_ns)
 
     def _once(self, path: str, status: os.stat_result) -> None:
-        """Refuses a file or folder that is there twice, by way of a link: its rows would count twice."""
+        """Refuses a file or folder that appears twice because of a link: its rows would count twice."""
         other = self.seen.setdefault((status.st_dev, status.st_ino), path) if status.st_ino else path
         if other != path:
             self._refuse(

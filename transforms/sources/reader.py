@@ -16,7 +16,7 @@ import pyarrow as pa
 from schemas.errors import ContractError
 from schemas.sources import Source
 from transforms.records.times import ALWAYS, FOREVER
-from transforms.sources.contracts import UNREADABLE, Contract, check_rows, not_whole
+from transforms.sources.contracts import READ_ERRORS, Contract, check_rows, not_whole
 from transforms.sources.conversions import with_problems
 from transforms.sources.data_files import open_file, stamp_of
 from transforms.sources.day_digests import Digests, day_digests, subtract
@@ -26,21 +26,22 @@ from transforms.sources.repeats import KnownOrder
 from transforms.sources.slices import Slice
 from transforms.storage.delta_tables import file_pool
 
-# Rows that a read in pieces holds at once.
-CHUNK_ROWS = 500_000
-# Rows among which repeats are looked for at once, by their unique columns alone; more are taken in parts, by hash.
+# Rows in memory while a source is read in pieces.
+READ_CHUNK_ROWS = 500_000
+# Rows among which repeats are searched for at once, by their unique columns alone; more rows are searched in parts, by
+# hash.
 REPEATS_AT_ONCE = 4_000_000
-# A file of at most so many rows is small: one thread reads several of them before it takes more.
+# A file of at most so many rows is small: a thread takes several small files at a time.
 SMALL_FILE_ROWS = 10_000
 
 
-# Place of a slice → the first plausible time in it, µs.
+# Position of a slice → the first plausible time in it, µs.
 Owners = Callable[[int], int | None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Read:
-    """What came of reading slices: rows that keep the contract, and dead letters with their file and row."""
+class SourceRows:
+    """The result of reading slices: rows that satisfy the contract, and dead letters with their file and row."""
 
     frame: pl.DataFrame
     dead_letters: pl.DataFrame
@@ -52,11 +53,10 @@ class ReadOptions:
     """What to read of slices.
 
     Args:
-        low, high: only rows known in `[low, high)` µs.
+        low, high: only rows whose time is in `[low, high)` µs.
         own: `[from, to)` µs whose dead letters are wanted (None: all).  A dead letter without a plausible time belongs
-            to the first plausible time of its row group, so that exactly one of the runs or blocks that read the group
-            owns it.
-        span: `[from, to)` µs whose rows, good or bad, are digested by day.
+            to the first plausible time of its row group, so that exactly one run or block that reads the group owns it.
+        span: `[from, to)` µs whose rows, valid or rejected, are digested by day.
         numbered: add `__row`, the row's number in its file (of a single slice).
     """
 
@@ -70,15 +70,15 @@ class ReadOptions:
 EVERYTHING = ReadOptions()
 
 
-def read_slices(contract: Contract, slices: Sequence[Slice], options: ReadOptions = EVERYTHING) -> Read:
-    """Rows of `slices`, checked against the contract; repeats by `unique` are still there.
+def read_slices(contract: Contract, slices: Sequence[Slice], options: ReadOptions = EVERYTHING) -> SourceRows:
+    """Rows of `slices`, checked against the contract; repeats by `unique` are not removed.
 
     Raises:
         ContractError: a file cannot be read as declared.
     """
     if not slices:
         frame = pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.read})
-        return Read(frame, pl.DataFrame(schema=SOURCE_DEAD_LETTERS))
+        return SourceRows(frame, pl.DataFrame(schema=SOURCE_DEAD_LETTERS))
     whole = _read_files(contract, slices)
     owners = _owners(contract, slices, whole)
     return _checked(contract, slices, whole, owners, options)
@@ -88,9 +88,9 @@ def stream_slices(
     contract: Contract,
     slices: Sequence[Slice],
     options: ReadOptions = EVERYTHING,
-    chunk: int = CHUNK_ROWS,
-) -> Iterator[Read]:
-    """As `read_slices`, in pieces of at most `chunk` rows, so that memory is bounded whatever the files' row groups.
+    chunk: int = READ_CHUNK_ROWS,
+) -> Iterator[SourceRows]:
+    """As `read_slices`, in pieces of at most `chunk` rows, so that memory is bounded whatever the size of row groups.
 
     Raises:
         ContractError: a file cannot be read as declared.
@@ -118,7 +118,7 @@ def _checked(
     whole: pl.DataFrame,
     owners: Owners,
     options: ReadOptions,
-) -> Read:
+) -> SourceRows:
     digests = {} if options.span is None else day_digests(contract, whole, *options.span)
     if options.numbered:
         whole = whole.with_columns(pl.Series("__row", _numbers(contract, slices[0], len(whole)), pl.Int64))
@@ -134,7 +134,7 @@ def _checked(
         moment = pl.col(contract.source.time).to_physical()
         if options.low > ALWAYS or options.high < FOREVER:
             frame = frame.filter((moment >= options.low) & (moment < options.high))
-    return Read(frame, dead_letters, digests)
+    return SourceRows(frame, dead_letters, digests)
 
 
 def _numbers(contract: Contract, piece: Slice, rows: int) -> npt.NDArray[np.int64]:
@@ -157,16 +157,16 @@ def _pieces(contract: Contract, piece: Slice, chunk: int) -> Iterator[tuple[Slic
 
 
 def read_raw(contract: Contract, slices: Sequence[Slice]) -> pl.DataFrame:
-    """Rows of `slices` in declared types, not checked."""
+    """Rows of `slices` in declared types, unchecked."""
     if not slices:
         return pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.read})
     return _read_files(contract, [dataclasses.replace(each, stamp="") for each in slices])
 
 
 def _read_files(contract: Contract, slices: Sequence[Slice]) -> pl.DataFrame:
-    """Rows of `slices` in declared types, not checked, file after file.
+    """Rows of `slices` in declared types, unchecked, file after file.
 
-    Neighbouring files of one schema are converted at once: a conversion costs more than reading a small file does.
+    Neighbouring files with the same schema are converted at once: a conversion costs more than reading a small file.
     """
     files = [list(groups) for _, groups in itertools.groupby(_in_files(slices), lambda each: each.path)]
     read = functools.partial(_read_tables, contract)
@@ -184,7 +184,7 @@ def _read_files(contract: Contract, slices: Sequence[Slice]) -> pl.DataFrame:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _FileRows:
-    """Rows of a file as Arrow holds them, and the values of partition columns that its path stands for."""
+    """Rows of a file as Arrow read them, and the values of its partition columns."""
 
     path: str
     table: pa.Table
@@ -192,7 +192,7 @@ class _FileRows:
 
 
 class _Alike:
-    """Equal for files whose rows are converted in the same way."""
+    """A key that is equal for files whose rows are converted in the same way."""
 
     def __init__(self, rows: _FileRows) -> None:
         self.rows = rows
@@ -202,7 +202,7 @@ class _Alike:
             return NotImplemented
         mine, others = self.rows, other.rows
         if max(mine.table.num_rows, others.table.num_rows) > SMALL_FILE_ROWS:
-            return False  # it is converted by itself, so that no more rows are in memory twice
+            return False  # it is converted alone, so that fewer rows are in memory twice
         return mine.given == others.given and bool(mine.table.schema.equals(others.table.schema))
 
 
@@ -213,7 +213,7 @@ def _read_tables(contract: Contract, files: Sequence[Sequence[Slice]]) -> list[_
         path, stamp = groups[0].path, groups[0].stamp or None
         file = open_file(path, contract.source)
         with _whole(contract, path):
-            # More threads than the caller's would cost more than a small file does.
+            # A second thread would cost more than reading a small file.
             threads = sum(each.rows for each in groups) > SMALL_FILE_ROWS
             table = file.read(groups, contract.by_weight, threads)
         _complete(contract, path, table.num_rows, sum(map(file.rows, groups)))
@@ -223,13 +223,13 @@ def _read_tables(contract: Contract, files: Sequence[Sequence[Slice]]) -> list[_
 
 
 def _cast_together(contract: Contract, alike: Sequence[_FileRows]) -> list[pl.DataFrame]:
-    """Rows of files of one schema in declared types.
+    """Rows of files with the same schema, in declared types.
 
     Raises:
         ContractError: names the file whose rows cannot be converted.
     """
     if len(alike) > 1:
-        with contextlib.suppress(ContractError, *UNREADABLE):  # of which file it is, the conversion of each tells
+        with contextlib.suppress(ContractError, *READ_ERRORS):  # converting each file alone shows which of them it is
             return [contract.cast(pa.concat_tables([each.table for each in alike]), alike[0].path)]
     return [contract.cast(each.table, each.path) for each in alike]
 
@@ -238,7 +238,7 @@ def _cast_together(contract: Contract, alike: Sequence[_FileRows]) -> list[pl.Da
 def _whole(contract: Contract, path: str) -> Iterator[None]:
     try:
         yield
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         raise not_whole(contract.source, path, error) from None
 
 
@@ -258,7 +258,7 @@ def _unchanged(contract: Contract, path: str, stamp: str | None) -> None:
 
 
 def _owners(contract: Contract, slices: Sequence[Slice], whole: pl.DataFrame) -> Owners:
-    """The first plausible time of each slice, whose rows follow each other in `whole`."""
+    """The first plausible time of each slice; `whole` has the rows of one slice after another."""
     ends = list(itertools.accumulate(each.rows for each in _in_files(slices)))
 
     def owner(i: int) -> int | None:
@@ -271,7 +271,7 @@ def _owners(contract: Contract, slices: Sequence[Slice], whole: pl.DataFrame) ->
 
 
 def _first_plausible(contract: Contract, piece: Slice) -> int | None:
-    """As `_owners`, of a row group too large to hold."""
+    """As `_owners`, for a row group that is too large for memory."""
     if contract.source.time is None:
         return None
     file = open_file(piece.path, contract.source)
@@ -279,7 +279,7 @@ def _first_plausible(contract: Contract, piece: Slice) -> int | None:
     if time not in file.schema.names and time not in contract.given(piece.path):
         return None
     with _whole(contract, piece.path):
-        for part in file.parts(piece, CHUNK_ROWS, [time]):
+        for part in file.parts(piece, READ_CHUNK_ROWS, [time]):
             found = _plausible(contract, contract.times(part, piece.path)[0])
             if found is not None:
                 return found
@@ -301,9 +301,8 @@ def _in_files(slices: Sequence[Slice]) -> list[Slice]:
 
 
 def _placed(dead_letters: pl.DataFrame, slices: Sequence[Slice], owners: Owners, contract: Contract) -> pl.DataFrame:
-    """Dead letters with source, file, row in the file, and a time: their own or that of their row group's first
-    plausible
-    row."""
+    """Dead letters with source, file, row in the file, and a time: their own, or that of the first plausible row in
+    their row group."""
     slices = _in_files(slices)
     ends = np.cumsum([each.rows for each in slices])
     position = dead_letters["place"].to_numpy()
@@ -335,46 +334,49 @@ def _rows_in_files(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Repeats:
-    """Values of `unique` columns that occur more than once: `first` holds them with the time (`__known`, µs) of the row
-    that stays; `dropped` digests the others by day."""
+class RepeatedKeys:
+    """Values of `unique` columns that occur more than once: `first` has them with the time (`__known`, µs) of the row
+    that stays; `dropped` has the digests of the others by day."""
 
     first: pl.DataFrame
     dropped: Digests
 
 
-def repeats_of(contract: Contract, slices: Sequence[Slice]) -> Repeats:
+def repeats_of(contract: Contract, slices: Sequence[Slice]) -> RepeatedKeys:
     """The repeats among a source's rows.
 
-    Two passes: the first reads the unique columns alone, as many rows at once as memory allows, the second only if any
-    value repeats.  All of the source is read: a value may repeat one of any age, and footers do not show which.
+    There are two passes: the first reads only the unique columns, as many rows at once as memory allows; the second
+        runs only if a value repeats.  The whole source is read: a value may repeat one of any age, and footers do not
+        show this.
     """
     source = contract.source
     unique = list(source.unique or ())
     narrow = dataclasses.replace(contract, columns=tuple(unique), ordering=(), required=())
     if not slices:
-        return Repeats(pl.DataFrame(schema={**{name: source.schema[name] for name in unique}, "__known": pl.Int64}), {})
+        return RepeatedKeys(
+            pl.DataFrame(schema={**{name: source.schema[name] for name in unique}, "__known": pl.Int64}), {}
+        )
     parts = -(-sum(each.rows for each in slices) // REPEATS_AT_ONCE)
     again = pl.concat([_again(narrow, slices, part, parts) for part in range(parts)])
     if not len(again):
-        return Repeats(again.with_columns(pl.lit(None, pl.Int64).alias("__known")), {})
+        return RepeatedKeys(again.with_columns(pl.lit(None, pl.Int64).alias("__known")), {})
     occurrences = pl.concat(
         [check_rows(contract, rows.join(again, on=unique, how="semi"))[0] for rows in _raw(contract, slices)]
     )
     first = occurrences.group_by(unique).agg(pl.col(str(source.time)).to_physical().min().alias("__known"))
     kept = without_repeats(source, occurrences, first)
-    return Repeats(first, subtract(day_digests(contract, occurrences), day_digests(contract, kept)))
+    return RepeatedKeys(first, subtract(day_digests(contract, occurrences), day_digests(contract, kept)))
 
 
 def _again(narrow: Contract, slices: Sequence[Slice], part: int, parts: int) -> pl.DataFrame:
-    """Values that occur more than once, of those whose hash falls into one of so many parts."""
+    """Values that occur more than once, among those whose hash falls into one of several parts."""
     mine = pl.struct(narrow.columns).hash() % parts == part
     ids = pl.concat([rows if parts == 1 else rows.filter(mine) for rows in _raw(narrow, slices)])
     return ids.lazy().group_by(narrow.columns).len().filter(pl.col("len") > 1).select(narrow.columns).collect()
 
 
-def _raw(contract: Contract, slices: Sequence[Slice], chunk: int = CHUNK_ROWS) -> Iterator[pl.DataFrame]:
-    """Rows of `slices` in declared types, not checked, in pieces of at most `chunk` rows."""
+def _raw(contract: Contract, slices: Sequence[Slice], chunk: int = READ_CHUNK_ROWS) -> Iterator[pl.DataFrame]:
+    """Rows of `slices` in declared types, unchecked, in pieces of at most `chunk` rows."""
     held: list[Slice] = []
     rows = 0
     for each in _in_files(slices):
@@ -391,7 +393,8 @@ def _raw(contract: Contract, slices: Sequence[Slice], chunk: int = CHUNK_ROWS) -
 
 
 def without_repeats(source: Source, frame: pl.DataFrame, repeats: pl.DataFrame | None) -> pl.DataFrame:
-    """`frame` without the rows whose unique values were known before; of one moment the smallest row stays."""
+    """`frame` without the rows whose unique values were known earlier; of rows with the same time, the smallest
+    stays."""
     if source.unique is None or repeats is None or not len(repeats):
         return frame
     unique = list(source.unique)
@@ -406,7 +409,7 @@ def without_repeats(source: Source, frame: pl.DataFrame, repeats: pl.DataFrame |
     return frame.filter(pl.Series(keep))
 
 
-def locate(
+def locate_rows(
     contract: Contract, slices: Sequence[Slice], rows: pl.DataFrame, key: Sequence[str], rule: str
 ) -> pl.DataFrame:
     """Dead letters for every occurrence of `rows` in their files."""

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from schemas.errors import ContractError
 from transforms.records.times import ALWAYS
-from transforms.sources.contracts import UNREADABLE, Contract, Mismatch, as_frame, not_whole, readable
-from transforms.sources.conversions import LocalTimes, Reading, converted, holds, problem_free
+from transforms.sources.contracts import READ_ERRORS, Contract, Mismatch, as_frame, not_whole, readable
+from transforms.sources.conversions import LocalTimes, Reading, converted, problem_free, type_holds
 from transforms.sources.data_files import ParquetData, TextData, open_file, stamp_of
 from transforms.sources.slices import Slice
 from transforms.sources.text_files import BROKEN
@@ -71,7 +71,7 @@ def survey_batch(contract: Contract, paths: Sequence[str]) -> SurveyedFiles:
             _survey_parquet(contract, file, stamp, result)
         except ContractError as error:
             result.wrong.append(error)
-        except (*UNREADABLE, *BROKEN, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        except (*READ_ERRORS, *BROKEN, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             result.wrong.append(not_whole(contract.source, path, error))
     return result
 
@@ -102,7 +102,7 @@ def _survey_parquet(contract: Contract, file: ParquetData, stamp: str, result: S
 
 def _is_instant(contract: Contract, file: ParquetData, time: str) -> bool:
     """Whether the bounds in a footer are those of instants."""
-    return time in file.schema.names and holds(contract.source.schema[time], file.schema.field(time).type)
+    return time in file.schema.names and type_holds(contract.source.schema[time], file.schema.field(time).type)
 
 
 def _survey_text(contract: Contract, file: TextData, stamp: str, result: SurveyedFiles) -> None:

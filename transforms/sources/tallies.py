@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from schemas.errors import DataError
-from transforms.sources.day_digests import Digests, add
+from transforms.sources.day_digests import Digests, add_digests
 from transforms.storage.delta_tables import WrittenFiles
 
 COUNTS = ("read", "used", "outside", "repeated", "dead")
@@ -18,7 +18,7 @@ class SourceTally:
     """Counts of the rows of one source, each row counted exactly once: read = used + outside + repeated + dead.
 
     The `used` rows of a spine have a feature row; the `used` rows of events are within reach of some window, and the
-    `outside` rows are within reach of none. `digests` are the digests by day, where a block was to compute them.
+    `outside` rows are not. `digests` are the digests by day, if a block computes them.
     """
 
     source: str
@@ -33,7 +33,7 @@ class SourceTally:
         return SourceTally(
             self.source,
             **{name: getattr(self, name) + getattr(other, name) for name in COUNTS},
-            digests=add([self.digests, other.digests]),
+            digests=add_digests([self.digests, other.digests]),
         )
 
     @property
@@ -54,7 +54,7 @@ def add_tallies(tallies: Iterable[SourceTally | Mapping[str, SourceTally]]) -> d
     return result
 
 
-def conserve(files: WrittenFiles, tallies: Mapping[str, SourceTally], spine: str) -> WrittenFiles:
+def require_conserved(files: WrittenFiles, tallies: Mapping[str, SourceTally], spine: str) -> WrittenFiles:
     """Returns `files` if every row read is counted exactly once and every spine row has a feature row in them.
 
     Raises:

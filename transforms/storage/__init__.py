@@ -11,16 +11,16 @@ from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
     from transforms.storage.compaction import MOST_FILES, Compaction, compact_table
-    from transforms.storage.date_spans import UNREADABLE, partition_days
+    from transforms.storage.date_spans import TABLE_READ_ERRORS, partition_days
     from transforms.storage.delta_log import (
         CommitInfo,
         commit_at,
         commits,
         file_actions,
+        logged_versions,
         metadata_of,
         path_within,
         root_of,
-        versions,
     )
     from transforms.storage.delta_tables import (
         COMMIT_ATTEMPTS,
@@ -38,22 +38,23 @@ if TYPE_CHECKING:
         dates_of,
         days_between,
         delta_schema,
+        file_groups,
         file_pool,
-        groups,
         newest_version,
         open_table,
         paths_of,
         read_file,
         read_group,
         retry_commits,
+        schema_with_columns,
         table_root,
-        with_columns,
-        write_aside,
+        write_file_atomically,
         write_files,
     )
-    from transforms.storage.durable import publish, sync_file, sync_folder, sync_folders, write_file
-    from transforms.storage.feature_tables import open_feature_table
+    from transforms.storage.durable import rename_files, sync_file, sync_folder, sync_folders, write_file
+    from transforms.storage.feature_tables import lost_commit, open_feature_table
     from transforms.storage.file_systems import FileSystems, open_regular, require_regular
+    from transforms.storage.log_check import IncompleteLogError
     from transforms.storage.log_entries import LogEntry, RemovedFile, append_entry, sync_log, write_checkpoint
     from transforms.storage.paths import (
         BOOSTER,
@@ -64,12 +65,12 @@ if TYPE_CHECKING:
         features_uri,
         folders,
         live_dead_letters_uri,
-        path_in_store,
         place_of,
         predictions_uri,
         present_path,
         source_uri,
         sources_root,
+        table_path_in_store,
         tables_below,
     )
     from transforms.storage.rewriting import Matches, purge, rewrite_delta, write_without, written_aside
@@ -77,7 +78,7 @@ if TYPE_CHECKING:
         ERASE,
         MARKER,
         RunMarker,
-        begin,
+        begin_run,
         remove_marker,
         require_no_erasure,
         running_runs,
@@ -85,12 +86,12 @@ if TYPE_CHECKING:
     )
     from transforms.storage.stored_json import (
         DAMAGE,
+        explain_damage,
         parse_object,
         parse_record,
         read_object,
         read_regular,
         reason_of,
-        understood,
     )
     from transforms.storage.table_transforms import CommitFiles, ReadTable, WriteFiles, WriteTable
     from transforms.storage.tfrecord_codec import gzipped
@@ -98,7 +99,7 @@ if TYPE_CHECKING:
         ReadExamples,
         TFRecordFile,
         WriteTFRecordFiles,
-        matching,
+        matching_files,
         publish_tfrecord_files,
     )
     from transforms.storage.vacuum import (
@@ -108,7 +109,7 @@ if TYPE_CHECKING:
         at_work,
         files_below,
         pins_of,
-        remove,
+        remove_waste,
         waste_of,
         waste_of_runs,
     )

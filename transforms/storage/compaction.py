@@ -16,7 +16,7 @@ import polars as pl
 from deltalake import DeltaTable
 from deltalake.transaction import AddAction
 
-from schemas.errors import StoreError
+from schemas.errors import DataError, StoreError
 from transforms.storage.date_spans import days_of
 from transforms.storage.delta_log import COMPACTION, path_within, root_of
 from transforms.storage.delta_tables import (
@@ -31,7 +31,7 @@ from transforms.storage.delta_tables import (
 )
 from transforms.storage.log_entries import LogEntry, RemovedFile
 
-# A date with more files than this is compacted.  Between two compactions of a live job come some more.
+# A date with more files than this is compacted.  A live job adds some more between two compactions.
 MOST_FILES = 14
 # Files of this size are not merged with others.
 LARGE_FILE = 128 << 20
@@ -76,10 +76,10 @@ def compact_table(uri: str, run_id: str, most_files: int = MOST_FILES) -> Compac
     """Merges the smallest files of each date that has more than `most_files`.
 
     Returns:
-        What was done; nothing where there is no table, or none that is partitioned by date alone.
+        What was done; nothing if there is no table, or if it is not partitioned by date alone.
 
     Raises:
-        StoreError: a file cannot be read, the store cannot be written, or other writers commit all the time.
+        StoreError: a file cannot be read, the store cannot be written, or other writers keep committing.
     """
     merged: list[_Merged] | None = None
 
@@ -91,7 +91,7 @@ def compact_table(uri: str, run_id: str, most_files: int = MOST_FILES) -> Compac
         if merged is None:
             merged = [_merge(uri, group, run_id) for group in _groups(files, most_files)]
         there = set(files)
-        # Of a date whose rows another writer replaced meanwhile, the merged file is left to vacuum.
+        # If another writer has replaced the rows of a date meanwhile, its merged file is left to vacuum.
         merged = [each for each in merged if there.issuperset(each.files)]
         if not merged:
             return Compaction(len(files), len(files))
@@ -128,7 +128,7 @@ def _files(table: DeltaTable) -> list[_File]:
 
 
 def _groups(files: Sequence[_File], most: int) -> list[tuple[_File, ...]]:
-    """Files that are merged, each group into one file."""
+    """The files to merge; each group becomes one file."""
     by_day: dict[date, list[_File]] = {}
     for file in files:
         by_day.setdefault(file.day, []).append(file)
@@ -148,7 +148,8 @@ def _groups(files: Sequence[_File], most: int) -> list[tuple[_File, ...]]:
 
 
 def smallest(files: Sequence[_File], most: int) -> list[_File]:
-    """The files to merge: as many of the smallest ones as are at least doubled by it, and leave at most `most`."""
+    """The files to merge: as many of the smallest ones as leave at most `most`, and more as long as the merged file is
+    at least twice as large as each of them."""
     small = sorted((file for file in files if file.bytes < LARGE_FILE), key=lambda file: (file.rows, file.path))
     count = total = 0
     for i, file in enumerate(small):
@@ -165,14 +166,14 @@ def _merge(uri: str, files: tuple[_File, ...], run_id: str) -> _Merged:
         StoreError: a file cannot be read, or the new one cannot be written.
     """
     root = root_of(uri)
-    rows = read_group(DataFile(os.path.join(root, file.path), file.day, file.rows, file.bytes) for file in files)
-    expected = sum(file.rows for file in files)
-    if len(rows) != expected:
+    try:
+        rows = read_group(DataFile(os.path.join(root, file.path), file.day, file.rows, file.bytes) for file in files)
+    except DataError as error:
         raise StoreError(
             "The files of a table have the rows that its log counts",
-            f"{root}: {len(rows):,} rows instead of {expected:,} on {files[0].day}",
+            error.value,
             "Nothing was changed. Restore the files from a backup",
-        )
+        ) from None
     (action,) = add_actions(root, write_files(rows, root, run_id))
     return _Merged(files, action)
 

@@ -1,7 +1,7 @@
 """Tables whose data files hold rows of several dates.
 
 A table of few rows a date has one partition per span of days instead of one per date.  The length of its spans is
-chosen when the table is made, from its rows, and kept in the table's properties; a table without the property has one
+chosen from its rows when the table is made, and kept in the table's properties; a table without the property has one
 partition per date.  Its files have a `date` column, their rows are sorted by it, and the footer lists which rows are of
 which date (`Segment`).  For readers each date is a `DataFile` of its own: a part of a file.
 """
@@ -31,24 +31,24 @@ from transforms.storage.file_systems import require_regular
 from transforms.storage.stored_json import DAMAGE
 
 PROPERTY = "millrace.partitionDays"
-# Rows that a partition should have at least, and rows above which a file is cut between two dates.
+# A partition should have at least so many rows; a file with more rows is cut between two dates.
 SPAN_ROWS, FILE_ROWS = 5_000, 50_000
 # A table may have so many files, and one more per `SPAN_ROWS` rows, before small files of a span are written together.
 FEW_FILES = 5
 MOST_DAYS = 10_000
 # Decoded files that stay in memory, since their dates are read one by one.
 FILES_CACHED = 4
-# What reading a damaged Parquet file can raise; RuntimeError: of pyarrow_hotfix.
-UNREADABLE = (OSError, pa.ArrowException, RuntimeError, *DAMAGE)
+# What reading a damaged Parquet file can raise. The RuntimeError comes from pyarrow_hotfix.
+TABLE_READ_ERRORS = (OSError, pa.ArrowException, RuntimeError, *DAMAGE)
 _FOOTER = b"millrace.segments"
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Neighbouring rows of a file that have one date (number of the day) and were computed by one run.
+    """Neighbouring rows of a file with the same date (number of the day) that were computed by the same run.
 
     Args:
-        origin: the file in which the rows were first committed, within the table; empty: this one.
+        origin: path within the table of the file in which the rows were first committed; empty: this file.
     """
 
     day: int
@@ -57,13 +57,13 @@ class Segment:
 
 
 def days_for(rows: int, first: date, last: date) -> int:
-    """How many days a partition of a new table spans, from its rows and the dates they lie between."""
+    """How many days a partition of a new table spans, given its number of rows and its first and last date."""
     days = as_number(last) - as_number(first) + 1
     return max(1, min(MOST_DAYS, -(-SPAN_ROWS * days // max(rows, 1))))
 
 
 def days_of(table: DeltaTable) -> int:
-    """How many days a partition of the table spans; 1: it is partitioned by date."""
+    """How many days a partition of the table spans; 1 if it is partitioned by date."""
     return int(table.metadata().configuration.get(PROPERTY, "1"))
 
 
@@ -77,8 +77,8 @@ def folder_of(span: int, days: int) -> str:
 
 
 def cuts(days: npt.NDArray[np.int32], span: int, most: int | None = None) -> list[tuple[int, int]]:
-    """`[start, stop)` of each file of rows with these days, sorted: of one span, and cut at `most` rows between
-    dates."""
+    """The `[start, stop)` rows of each file to write. `days` are sorted. A file has rows of one span, and is cut
+    between two dates at about `most` rows."""
     most = FILE_ROWS if most is None else most
     bounds = [0, *(int(i) + 1 for i in (days[1:] != days[:-1]).nonzero()[0]), len(days)] if len(days) else [0]
     files: list[tuple[int, int]] = []
@@ -92,18 +92,18 @@ def cuts(days: npt.NDArray[np.int32], span: int, most: int | None = None) -> lis
 
 
 def segments_of_days(days: npt.NDArray[np.int32]) -> list[Segment]:
-    """Segments of rows with these days, sorted, that are written for the first time."""
+    """Segments of rows that are written for the first time; `days` are the days of the rows, sorted."""
     values, counts = np.unique(days, return_counts=True)
     return [Segment(int(day), int(rows)) for day, rows in zip(values, counts, strict=True)]
 
 
 def with_segments(content: pa.Table, segments: Sequence[Segment]) -> pa.Table:
-    """`content`, with its segments for the footer."""
+    """Adds segments to `content`, for the footer of its file."""
     return content.replace_schema_metadata({_FOOTER: _as_bytes(segments)})
 
 
 def schema_with_segments(schema: pa.Schema, segments: Sequence[Segment]) -> pa.Schema:
-    """`schema`, with the segments of a file in its metadata."""
+    """Adds the segments of a file to the metadata of `schema`."""
     return schema.with_metadata({**(schema.metadata or {}), _FOOTER: _as_bytes(segments)})
 
 
@@ -112,15 +112,15 @@ def _as_bytes(segments: Sequence[Segment]) -> bytes:
 
 
 def kept_segments(segments: Sequence[Segment], gone: npt.NDArray[np.bool_], path: str) -> list[Segment]:
-    """The segments of the file at `path` within its table without the rows that are `gone`.
+    """The segments of the file at `path` (within its table) after the rows `gone` were removed.
 
-    Those that lost none keep their origin; of the others, the new file is the origin.
+    Segments that lost no row keep their origin; the origin of the others is the new file.
 
     Raises:
         DataError: the file has other rows.
     """
     if (count := sum(each.rows for each in segments)) != len(gone):
-        raise _other_rows(path, f"{count} rows by its footer, and {len(gone)} in it")
+        raise other_rows(path, f"{count} rows by its footer, and {len(gone)} in it")
     found, start = [], 0
     for each in segments:
         lost = int(gone[start : start + each.rows].sum())
@@ -141,7 +141,7 @@ def read_segments(path: str) -> tuple[Segment, ...]:
     try:
         status = os.stat(path)
         return _segments(path, status.st_mtime_ns, status.st_size)
-    except UNREADABLE as error:
+    except TABLE_READ_ERRORS as error:
         raise unreadable(path, error) from None
 
 
@@ -157,18 +157,18 @@ def _segments(path: str, _changed: int, _bytes: int) -> tuple[Segment, ...]:
 
 
 def require_rows(path: str, rows: int, segments: Sequence[Segment]) -> None:
-    """Checks that a file has the rows that the log and its footer say, by date.
+    """Checks that a file has as many rows of each date as the log and its footer record.
 
     Raises:
         StoreError: the file cannot be read.
-        DataError: it has other rows.
+        DataError: it has more or fewer rows.
     """
     if (count := sum(each.rows for each in segments)) != rows:
-        raise _other_rows(path, f"{count} rows by its footer, and {rows} by the table's log")
+        raise other_rows(path, f"{count} rows by its footer, and {rows} by the table's log")
     try:
         require_regular(path)
         content = pq.ParquetFile(path).read(["date"], use_threads=False)
-    except UNREADABLE as error:
+    except TABLE_READ_ERRORS as error:
         raise unreadable(path, error) from None
     require_days(path, content, segments)
 
@@ -177,16 +177,16 @@ def require_days(path: str, content: pa.Table, segments: Sequence[Segment]) -> N
     """Checks that the rows of a file have the dates that its footer has.
 
     Raises:
-        DataError: they have others.
+        DataError: they have other dates.
     """
     expected = np.repeat([each.day for each in segments], [each.rows for each in segments])
     found = _day_numbers(content)
     if len(found) != len(expected) or (found != expected).any():
         counts = f"{len(found)} rows of {len(np.unique(found))} dates"
-        raise _other_rows(path, f"{counts}, and {len(expected)} of {len(np.unique(expected))} by its footer")
+        raise other_rows(path, f"{counts}, and {len(expected)} of {len(np.unique(expected))} by its footer")
 
 
-def _other_rows(path: str, value: str) -> DataError:
+def other_rows(path: str, value: str) -> DataError:
     return DataError(
         "A data file holds the rows that were committed with it",
         f"{path}: {value}",
@@ -207,8 +207,8 @@ def read_dates(path: str, columns: Sequence[str] | None, place: tuple[int, int],
     """The rows of a file that have these dates (first and last).
 
     Args:
-        columns: which, and `date`; None: all.
-        place: number of the first row and how many there are, if nobody has changed the file.
+        columns: the columns to read besides `date`; None: all.
+        place: where these rows are in an unchanged file: the number of the first row, and how many rows there are.
 
     Raises:
         StoreError: the file cannot be read.
@@ -218,7 +218,7 @@ def read_dates(path: str, columns: Sequence[str] | None, place: tuple[int, int],
         status = os.stat(path)
         wanted = None if columns is None else tuple(columns)
         content, days = _decoded(path, wanted, status.st_mtime_ns, status.st_size)
-    except UNREADABLE as error:
+    except TABLE_READ_ERRORS as error:
         raise unreadable(path, error) from None
     start, rows = place
     first, last = map(as_number, dates)
@@ -228,7 +228,7 @@ def read_dates(path: str, columns: Sequence[str] | None, place: tuple[int, int],
         return content.slice(start, rows)
     found = content.filter(pl.Series((days >= first) & (days <= last)).to_arrow())
     if found.num_rows > rows:
-        raise _other_rows(path, f"{found.num_rows} rows from {dates[0]} to {dates[1]}, and {rows} by its footer")
+        raise other_rows(path, f"{found.num_rows} rows from {dates[0]} to {dates[1]}, and {rows} by its footer")
     return found
 
 
@@ -254,7 +254,7 @@ def stats_of(segments: Sequence[Segment]) -> dict[str, object]:
 
 
 def partition_days(uri: str, table: DeltaTable | None, rows: int, dates: tuple[date, date] | None) -> int:
-    """How many days a partition of the table at `uri` spans: as it was made, or chosen from the rows of a new one.
+    """How many days a partition of the table at `uri` spans. For a new table this is chosen from its rows.
 
     At an address with a scheme, where delta-rs commits, a table is partitioned by date.
     """
@@ -266,12 +266,12 @@ def partition_days(uri: str, table: DeltaTable | None, rows: int, dates: tuple[d
 
 
 def configuration(days: int) -> Mapping[str, str]:
-    """Properties of a new table with such spans: bounds of dates are known from the log, of no other column."""
+    """Properties of a new table with such spans: its log keeps bounds of `date`, and of no other column."""
     return {} if days == 1 else {PROPERTY: str(days), "delta.dataSkippingStatsColumns": "date"}
 
 
 def _day_numbers(content: pa.Table) -> npt.NDArray[np.int32]:
-    """Days since 1970 of the rows.  By Polars: pyarrow's own conversion imports pandas."""
+    """Days since 1970 of the rows.  Polars converts them: pyarrow's own conversion imports pandas."""
     dates = pl.from_arrow(content["date"])
     assert isinstance(dates, pl.Series)
     return dates.to_physical().to_numpy()

@@ -1,7 +1,7 @@
 """The commits of a Delta table, read from its log.
 
-`DeltaTable.history` numbers commits from the handle's own version downwards, whatever came since: on a handle of an
-older version every number is wrong.  So the log is read here, commit by commit, newest first.
+`DeltaTable.history` counts downwards from the handle's own version, even if newer commits exist: on a handle of an
+older version, every number is wrong.  So the log is read here, commit by commit, newest first.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from schemas.errors import ConflictError, StoreError
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.stored_json import read_regular
 
-LOG = "_delta_log"
+LOG_FOLDER = "_delta_log"
 # An action of the log, such as the metadata of a commit: keys of the protocol, and ours.
 CommitInfo = dict[str, Any]
 
 
 def root_of(uri: str) -> str:
-    """A table's address as Beam's file systems take it; delta-rs writes a folder's as URIs are, with %20 for a
-    space."""
+    """A table's address in the form that Beam's file systems take; delta-rs percent-encodes the path of a folder."""
     uri = uri.rstrip("/")
     return unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
 
@@ -40,9 +39,8 @@ def path_within(root: str, logged: str) -> str:
     """A data file's path within its table, from the path that the log has for it, which is percent-encoded.
 
     Raises:
-        StoreError: the path leaves the table.  Whoever can write a log could have any file of the machine read
-        otherwise,
-            and `vacuum` could be made to delete it.
+        StoreError: the path leaves the table.  Otherwise, a crafted log could make Millrace read any file of the
+            machine, and make `vacuum` delete it.
     """
     path = unquote(logged)
     parts = re.split(r"[/\\]", path)
@@ -56,13 +54,13 @@ def path_within(root: str, logged: str) -> str:
     return path
 
 
-def versions(uri: str) -> list[int]:
+def logged_versions(uri: str) -> list[int]:
     """Versions whose commits are still in the log, oldest first.
 
     Raises:
         StoreError: the log cannot be listed.
     """
-    folder = FileSystems.join(root_of(uri), LOG)
+    folder = FileSystems.join(root_of(uri), LOG_FOLDER)
     if "://" not in folder:
         try:
             names = os.listdir(folder)
@@ -85,7 +83,7 @@ def commits(uri: str, version: int | None = None) -> Iterator[CommitInfo]:
     Raises:
         StoreError: the log cannot be read.
     """
-    for each in reversed(versions(uri)):
+    for each in reversed(logged_versions(uri)):
         if version is None or each <= version:
             yield commit_at(uri, each)
 
@@ -97,13 +95,14 @@ def commit_at(uri: str, version: int) -> CommitInfo:
 
 
 def version_of_run(uri: str, run_id: str, version: int) -> int:
-    """The version that the run made, as of `version`; that one itself where it is not among the last 200."""
+    """The version that the run committed, among the last 200 up to `version`; `version` itself if it is not among
+    them."""
     last = itertools.islice(commits(uri, version), 200)
     return next((int(each["version"]) for each in last if each.get("run_id") == run_id), version)
 
 
 def commits_since(uri: str, run_id: str, base: int | None, version: int) -> int | None:
-    """The version after `base` and up to `version` that the run made, if it did."""
+    """The version that the run committed after `base` and up to `version`; None if it committed none."""
     last = itertools.takewhile(lambda each: base is None or each["version"] > base, commits(uri, version))
     return next((int(each["version"]) for each in last if each.get("run_id") == run_id), None)
 
@@ -117,11 +116,12 @@ def metadata_of(table: DeltaTable, name: str) -> str | None:
 def remaining(
     uri: str, actions: Sequence[AddAction], dates: tuple[date, ...] | None, now: Mapping[str, date]
 ) -> tuple[list[AddAction], tuple[date, ...] | None]:
-    """What is left of a commit of `actions` over `dates`, where the table has the files `now` there.
+    """The part of a commit of `actions` over `dates` that remains to be done; `now` are the table's files of these
+    dates.
 
-    A file's name has its run and content, so those of an earlier launch of the same run may be there already.  Dates
-    that are as they should be are left alone; where only some files of a date are there, they are added as copies,
-    since a commit cannot replace a file by itself.
+    A file's name contains its run and a digest of its content, so an earlier launch of the same run may have committed
+    some of these files.  Dates that are complete are left alone.  If only some files of a date are there, they are
+    added as copies, since a commit cannot replace a file by itself.
     """
     if not any(action.path in now for action in actions):
         return list(actions), dates
@@ -151,8 +151,8 @@ def _copied(uri: str, action: AddAction) -> AddAction:
 def conflict(
     uri: str, base: int | None, version: int, gone: Iterable[tuple[str, date]], new: Iterable[tuple[str, date]]
 ) -> ConflictError:
-    """The refusal of a run whose dates others changed since `base`: (file, date) `gone` and `new`; a name has its
-    run."""
+    """The error for a run whose dates other runs have changed since `base`. `gone` and `new` are pairs (file, date);
+    the name of a file contains its run."""
     gone, new = list(gone), list(new)
     names = {path.rsplit("/", 1)[-1].rsplit("-", 1)[0] for path, _ in new}
     names = names or {str(each.get("run_id")) for each in commits(uri, version) if each["version"] > (base or 0)}
@@ -184,17 +184,17 @@ COMPACTION = "compaction"
 
 
 def merged_files(uri: str, version: int) -> set[str]:
-    """Paths of the files that the commit merged into others, relative to the table; none if it is no compaction."""
+    """Paths, relative to the table, of the files that the commit merged into others; none if it is not a compaction."""
     if COMPACTION not in commit_at(uri, version):
         return set()
     return file_actions(uri, version)[1]
 
 
 def _actions(uri: str, version: int, kind: str) -> Iterator[CommitInfo]:
-    path = FileSystems.join(root_of(uri), LOG, f"{version:020}.json")
+    path = FileSystems.join(root_of(uri), LOG_FOLDER, f"{version:020}.json")
     try:
         text = read_regular(path).decode()
-        # A line is an object of one member.
+        # Each line is an object with one member.
         yield from (json.loads(line)[kind] for line in text.splitlines() if line.startswith(f'{{"{kind}":'))
     except (OSError, ValueError) as error:
         raise StoreError("A table's log can be read", f"{path}: {error}", "Restore the file") from None

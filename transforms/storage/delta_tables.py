@@ -35,6 +35,7 @@ from transforms.storage.date_spans import Segment
 from transforms.storage.delta_log import commits_since, conflict, path_within, remaining, version_of_run
 from transforms.storage.delta_log import root_of as address_of
 from transforms.storage.file_systems import FileSystems, require_regular
+from transforms.storage.log_check import require_whole_entries
 from transforms.storage.log_entries import LogEntry, RemovedFile, append_entry, sync_log
 
 _TYPES = {
@@ -63,7 +64,7 @@ def file_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(2, os.cpu_count() or 2), "parquet")
 
 
-Day = date  # a name that a field called `date` does not hide
+Day = date  # this name stays visible beside a field called `date`
 
 # A row of a table whose columns a definition declares, as Arrow gives it.
 TableRow = Mapping[str, Any]
@@ -78,10 +79,10 @@ class DataFile:
     Args:
         path: of the file.
         rows, bytes: of this date.
-        start: of a file with several dates (`date_spans`), the number of the first row.
-        whole: of such a file, all its rows; 0: the file has one date, and no `date` column.
+        start: number of the first row, in a file with several dates (`date_spans`).
+        whole: number of all rows of such a file; 0 if the file has one date, and no `date` column.
         until: the last date, if the rows are those of several dates of the file.
-        origin: where another file held the rows when they were first committed, its path within the table.
+        origin: path within the table of the file in which the rows were first committed, if that is another file.
     """
 
     path: str
@@ -111,13 +112,13 @@ class Committed:
 
 
 def open_table(uri: str, version: int | None = None) -> DeltaTable | None:
-    """The table as of `version` (None: the newest), or None where there is none.
+    """The table as of `version` (None: the newest), or None if there is no table.
 
     Raises:
-        StoreError: the version does not exist, or the log cannot be read.
+        StoreError: the version does not exist, or the log cannot be read or has lost actions.
     """
     try:
-        return DeltaTable(uri, version=version)
+        table = DeltaTable(uri, version=version)
     except TableNotFoundError:
         return None
     except (DeltaError, OSError) as error:
@@ -126,10 +127,12 @@ def open_table(uri: str, version: int | None = None) -> DeltaTable | None:
             _in_a_line(error),
             "List what there is with: millrace tables",
         ) from None
+    require_whole_entries(uri, int(table.version()))
+    return table
 
 
 def newest_version(uri: str) -> int | None:
-    """The table's version now, None where there is none."""
+    """The table's newest version, or None if there is no table."""
     table = open_table(uri)
     return None if table is None else int(table.version())
 
@@ -140,7 +143,7 @@ def table_root(table: DeltaTable) -> str:
 
 
 def paths_of(table: DeltaTable) -> list[str]:
-    """Where every file of the table lies, sorted."""
+    """The paths of all files of the table, sorted."""
     root = table_root(table)
     return sorted(FileSystems.join(root, path_within(root, path)) for path in _actions(table)["path"])
 
@@ -158,6 +161,7 @@ def data_files(
 
     Raises:
         StoreError: a file's path leaves the table.
+        DataError: a file with several dates has other rows than the log says.
     """
     root, actions = table_root(table), _actions(table)
     wanted = [(actions[f"partition.{name}"], value) for name, value in (extra or {}).items()]
@@ -176,6 +180,8 @@ def data_files(
             parts = _dates_in(path, size) if spans else [DataFile(path, low, rows, size)]
         except StoreError:  # reading the file reports it
             parts = [DataFile(path, low, rows, size, whole=rows, until=high)]
+        if (count := sum(each.rows for each in parts)) != rows:
+            raise date_spans.other_rows(path, f"{count} rows by its footer, and {rows} by the table's log")
         files += [each for each in parts if (start is None or each.date >= start) and (end is None or each.date < end)]
     return sorted(files, key=lambda file: (file.date, file.path, file.start))
 
@@ -206,7 +212,7 @@ def dates_of(table: DeltaTable) -> tuple[date, date] | None:
 
 
 def read_file(file: DataFile, columns: list[str] | None = None, optional: Collection[str] = ()) -> pa.Table:
-    """The `columns` (None: all) of a data file's rows with their `date`; without `optional` ones that it lacks."""
+    """The `columns` (None: all) of a data file's rows, and their `date`. Columns in `optional` may be missing."""
     if file.whole:
         dates = file.date, file.until or file.date
         shared = date_spans.read_dates(file.path, columns, (file.start, file.rows), dates)
@@ -219,8 +225,10 @@ def read_file(file: DataFile, columns: list[str] | None = None, optional: Collec
         else:
             require_regular(file.path)
             content = pq.ParquetFile(file.path).read(wanted, use_threads=False)
-    except date_spans.UNREADABLE as error:
+    except date_spans.TABLE_READ_ERRORS as error:
         raise date_spans.unreadable(file.path, error) from None
+    if file.rows is not None and content.num_rows != file.rows:
+        raise date_spans.other_rows(file.path, f"{content.num_rows} rows, and {file.rows} by the table's log")
     # Made by Polars, because `pa.array` and `pa.scalar` import pandas.
     days = pl.repeat(file.date, content.num_rows, dtype=pl.Date, eager=True).to_arrow()
     content = content.append_column("date", days)
@@ -230,7 +238,8 @@ def read_file(file: DataFile, columns: list[str] | None = None, optional: Collec
 
 
 def joined_files(files: Iterable[DataFile]) -> list[DataFile]:
-    """`files`, where neighbouring dates of one file are read at once: the first one's date stands for them."""
+    """`files`, with neighbouring dates of one file joined so that they are read at once, under the first of these
+    dates."""
     found: list[DataFile] = []
     for file in files:
         last = found[-1] if found else None
@@ -242,8 +251,8 @@ def joined_files(files: Iterable[DataFile]) -> list[DataFile]:
     return found
 
 
-def groups(files: Iterable[DataFile], rows: int = READ_ROWS) -> Iterator[tuple[DataFile, ...]]:
-    """Neighbouring files in groups of about `rows`."""
+def file_groups(files: Iterable[DataFile], rows: int = READ_ROWS) -> Iterator[tuple[DataFile, ...]]:
+    """Neighbouring files in groups of about `rows` rows."""
     group: list[DataFile] = []
     for file in files:
         if group and sum(each.rows for each in group) + file.rows > rows:
@@ -255,14 +264,15 @@ def groups(files: Iterable[DataFile], rows: int = READ_ROWS) -> Iterator[tuple[D
 
 
 def read_group(files: Iterable[DataFile], columns: list[str] | None = None) -> pa.RecordBatch:
-    """The rows of `files` as one batch; a column that some of the files do not have is null there."""
+    """The rows of `files` as one batch; a column that a file lacks is null in its rows."""
     parts = list(file_pool().map(lambda file: read_file(file, columns), joined_files(files)))
     whole = pa.concat_tables(with_every_column(parts))
     return batch(whole, whole.schema)
 
 
 def with_every_column(parts: Sequence[pa.Table]) -> list[pa.Table]:
-    """`parts` with the same columns, in the last one's order: nulls where a version that knew less wrote a part."""
+    """`parts` with the same columns, in the order of the last one; columns that an older version of the table lacks are
+    null."""
     types: dict[str, pa.DataType] = {}
     for part in parts:
         types |= {field.name: field.type for field in part.schema}
@@ -281,10 +291,10 @@ def write_files(
     """Write the batch as one Parquet file per date under `uri`, or per span of `days`, invisible until committed.
 
     Names hold the run and a digest of the content: a repeated bundle writes the same name again, another run never
-    does. Each is written aside, flushed and renamed: no reader meets half a file, and a commit names durable files
-    only.
+    does. Each file is written under a hidden name, flushed and renamed: no reader sees half a file, and a commit names
+    only durable files.
 
-    Returns: each date of each file, with the values of the file's partition columns.
+    Returns each date of each file, with the values of the file's partition columns.
     """
     content = pa.Table.from_batches([rows])
     numbers = rows.column(rows.schema.get_field_index("date")).cast(pa.int32()).to_numpy()
@@ -300,13 +310,13 @@ def write_files(
 
     written = list(file_pool().map(write, date_spans.cuts(numbers, days, None if days > 1 else len(numbers))))
     with _writing(uri):
-        durable.publish([aside for _, aside in written if aside is not None])
+        durable.rename_files([aside for _, aside in written if aside is not None])
     return [each for parts, _ in written for each in parts]
 
 
 @dataclasses.dataclass(frozen=True)
 class FilePlace:
-    """Where a data file goes: table, run, values of partition columns beside `date`, and days of a partition."""
+    """Where a data file is written: table, run, values of partition columns besides `date`, and days of a partition."""
 
     uri: str
     run_id: str
@@ -317,7 +327,8 @@ class FilePlace:
 def _write_file(
     content: pa.Table, segments: Sequence[Segment], place: FilePlace
 ) -> tuple[WrittenFiles, tuple[str, str] | None]:
-    """Writes rows of one date, or of one span, under a hidden name: what it holds, and (hidden path, path)."""
+    """Writes rows of one date, or of one span, under a hidden name. Returns what the file holds, and (hidden path,
+    path)."""
     first = segments[0].day
     if place.days == 1:
         values = {**place.extra, "date": as_date(first).isoformat()}
@@ -326,16 +337,16 @@ def _write_file(
         values = dict(place.extra)
         content = date_spans.with_segments(content, segments)
         folders = [f"{key}={value}" for key, value in values.items()]
-        if not folders:  # Polars takes a folder of a partitioned table for a partition
+        if not folders:  # Polars would take the table's folder names for partition values
             folders.append(date_spans.folder_of(date_spans.span_of(first, place.days), place.days))
     strings = [field.name for field in content.schema if pa.types.is_string(field.type)]
-    # Bounds help readers to skip keys and times; of a day's floats they are no help and cost a tenth of the writing.
+    # Bounds help readers to skip keys and times. Bounds of floats do not help, and cost a tenth of the writing.
     bounded = [field.name for field in content.schema if not pa.types.is_floating(field.type)]
     sink = pa.BufferOutputStream()
     pq.write_table(
         content,
         sink,
-        # On floats, which hardly shrink, Snappy is a third quicker than LZ4; small tables are to be small.
+        # Floats hardly shrink: there, Snappy is a third faster than LZ4. Small tables are compressed to be small.
         compression="snappy" if place.days == 1 else "zstd",
         use_dictionary=[*strings, "date"] if place.days > 1 else strings,
         write_statistics=bounded,
@@ -351,8 +362,8 @@ def _write_file(
     return [(file, values) for file in files], None if aside is None else (aside, path)
 
 
-def write_aside(folder: str, name: str, content: pa.Buffer) -> None:
-    """Writes a file that is durable when this returns; readers see all of it or none.
+def write_file_atomically(folder: str, name: str, content: pa.Buffer) -> None:
+    """Writes a file that is durable on return; readers see all of it or none.
 
     Raises:
         StoreError: the store cannot be written.
@@ -360,11 +371,12 @@ def write_aside(folder: str, name: str, content: pa.Buffer) -> None:
     aside = _put_aside(folder, name, content)
     path = FileSystems.join(folder, name)
     with _writing(path):
-        durable.publish([(aside, path)] if aside is not None else [])
+        durable.rename_files([(aside, path)] if aside is not None else [])
 
 
 def _put_aside(folder: str, name: str, content: pa.Buffer) -> str | None:
-    """Writes a file under a hidden name and returns its path; None at an address that shows whole objects only."""
+    """Writes a file under a hidden name and returns its path; None at an address whose objects appear only when they
+    are complete."""
     path = FileSystems.join(folder, name)
     with _writing(path):
         if "://" in folder:
@@ -402,11 +414,12 @@ class CommitTarget:
             replaced.
         run_id: identifies the run in file names and in the log.
         base: version at launch (None: no table then).  If the dates have changed since, the commit is refused.
-        extra: fixed values of further partition columns, standing before `date`.
-        metadata: kept with the commit.
+        extra: fixed values of further partition columns, which come before `date`.
+        metadata: stored with the commit.
         days: how many days a partition of the table spans, if it is new.
         shared: dates that every run replaces: the last one to commit wins, and none is refused for them.
-        compares: whether a date that another run has replaced with the very rows of this run is no reason to refuse.
+        compares: whether the commit is still allowed if another run has replaced dates with exactly the rows of this
+            run.
     """
 
     uri: str
@@ -421,7 +434,7 @@ class CommitTarget:
     compares: bool = False
 
     def in_scope(self, contents: frozenset[tuple[str, date]]) -> frozenset[tuple[str, date]]:
-        """Of what a table has of the target's dates (see `_contents`), what no other run may change."""
+        """The part of the table's contents (see `_contents`) that no other run may change."""
         return frozenset(each for each in contents if each[1] not in self.shared)
 
 
@@ -435,7 +448,7 @@ def commit_attempt(uri: str, table: DeltaTable | None, fix: str) -> Iterator[Non
 
     Raises:
         CommittedMeanwhile: another writer committed, or created the table, since then.
-        StoreError: the store cannot be written. `fix` is what the user can do.
+        StoreError: the store cannot be written. `fix` tells the user what to do.
     """
     try:
         yield
@@ -450,7 +463,7 @@ def commit_attempt(uri: str, table: DeltaTable | None, fix: str) -> Iterator[Non
 def retry_commits(uri: str, attempt: Callable[[DeltaTable | None], Result], exhausted: StoreError) -> Result:
     """Calls `attempt` with the newest version of the table (None: there is no table) until no other writer interferes.
 
-    The waits between attempts are random, so that two writers that met once do not meet again.
+    The waits between attempts are random, so that two writers that collided once do not collide again.
 
     Raises:
         StoreError: `exhausted`, after `COMMIT_ATTEMPTS` attempts.
@@ -470,11 +483,11 @@ def append_commit(
 ) -> int:
     """Commits `entry` as the version after that of `table` (None: creates the table), and returns the version.
 
-    It never lands on another version: whoever commits in between makes it fail.
+    It never becomes another version: if another writer commits in between, it fails.
 
     Args:
-        overwrites, filters: for a table at an address with a scheme, where delta-rs commits: whether the added files
-            replace others, and which.
+        overwrites, filters: whether the added files replace others, and which. Only for a table at an address with a
+            scheme, where delta-rs commits.
 
     Raises:
         FileExistsError, CommitFailedError: another writer has committed since `table` was opened.
@@ -563,7 +576,7 @@ class _Replacement:
         Raises:
             CommittedMeanwhile: another writer committed since `table` was opened.
             ConflictError: another run has changed the dates since `target.base`.
-            DataError: rows of other dates cannot be kept, because a file of them has lost some.
+            DataError: rows of other dates cannot be kept, because one of their files has lost rows.
         """
         target = self.target
         with commit_attempt(target.uri, table, "Check access and free space, then run the same command again"):
@@ -583,7 +596,8 @@ class _Replacement:
             else:
                 layout = _Layout(target, table, held)
                 written = layout.arranged(self.files)
-                # A file's name has its run and content: an earlier launch of the same run may have committed it.
+                # A file's name contains its run and a digest of its content: an earlier launch of the same run may have
+                # committed it.
                 wanted = {action.path: action for action in self._actions(written)}
                 added = [action for path, action in wanted.items() if path not in held]
                 removed = [held[path] for path in layout.replaced if path not in wanted]
@@ -632,7 +646,7 @@ class _Replacement:
         return self._committed(version, False, len({file.path for file, _ in self.files}))
 
     def _remove_rewritten(self, wanted: set[str], version: int) -> None:
-        """Removes the files whose rows the commit holds in others, unless an older version names them."""
+        """Removes files whose rows the commit has in other files, unless an older version names them."""
         rewritten = {file.path for file, _ in self.files} - wanted
         if rewritten and commits_since(self.target.uri, self.target.run_id, None, version - 1) is None:
             for path in rewritten:
@@ -646,9 +660,9 @@ class _Replacement:
 
 
 class _Layout:
-    """How the rows of a commit lie in files of the table's partitions.
+    """How the rows of a commit are divided into files of the table's partitions.
 
-    A file that holds other dates too is written again, with their rows copied as they are.  So are small files of the
+    A file that also holds other dates is written again, and their rows are copied unchanged.  So are small files of the
     same span once the table has many files, since otherwise each run of one date would add one.
     """
 
@@ -662,7 +676,8 @@ class _Layout:
         self.crowded = len(held) >= date_spans.FEW_FILES + rows // date_spans.SPAN_ROWS
 
     def arranged(self, files: Sequence[tuple[DataFile, dict[str, str]]]) -> WrittenFiles:
-        """The files to commit for the rows of `files`; `replaced` are then the paths of those that they replace."""
+        """The files to commit for the rows of `files`. Afterwards, `replaced` holds the paths of the files that they
+        replace."""
         if self.days == 1:
             fitting = [each for each in files if not each[0].whole]
             rest = [file for file, _ in files if file.whole]
@@ -700,7 +715,7 @@ class _Layout:
         rows: dict[str, int] = {}
         for file, _ in files:
             rows[file.path] = rows.get(file.path, 0) + file.rows
-        # A file that another layout was written for may reach into other spans.
+        # A file that was written for another layout may reach into other spans.
         fitting = {file.path for file, _ in files if file.whole == rows[file.path]}
         alone = len(rows) == 1 and not kept
         as_is = {path for path in fitting if alone or rows[path] >= date_spans.FILE_ROWS // 2}
@@ -749,12 +764,12 @@ class _Layout:
                     [Segment(as_number(file.date), file.rows) for file, _ in files],
                 )
         with _writing(self.target.uri):
-            durable.publish([aside for _, aside in written if aside is not None])
+            durable.rename_files([aside for _, aside in written if aside is not None])
         return [each for files, _ in written for each in files]
 
 
 def _typed(rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    """`rows` in the types of `schema`: other programs write strings of other widths."""
+    """Casts `rows` to the types of `schema`: other programs write other types of strings."""
     for i, name in enumerate(rows.column_names):
         kind = schema.field(name).type if name in schema.names else rows.schema.field(i).type
         if rows.schema.field(i).type != kind:
@@ -783,7 +798,8 @@ def add_actions(uri: str, files: Iterable[tuple[DataFile, dict[str, str]]]) -> l
 
 
 def _filters(target: CommitTarget, dates: Sequence[date] | None) -> Filters | None:
-    """What the commit replaces.  One `in` over dates: two `=` on one column match nothing and would double the rows."""
+    """What the commit replaces.  Dates are one `in` filter: two `=` filters on one column match nothing, which would
+    double the rows."""
     filters: Filters = [(name, "=", value) for name, value in (target.extra or {}).items()]
     if dates is not None:
         filters.append(("date", "in", [day.isoformat() for day in dates]))
@@ -791,7 +807,7 @@ def _filters(target: CommitTarget, dates: Sequence[date] | None) -> Filters | No
 
 
 def _held(table: DeltaTable | None, target: CommitTarget) -> dict[str, RemovedFile]:
-    """Files by path: those of the target's dates, or, of a table with spans, all that have its partition values."""
+    """Files by path: those of the target's dates; in a table with spans, all files with its partition values."""
     if table is None:
         return {}
     root, actions, spans = table_root(table), _actions(table), date_spans.days_of(table) > 1
@@ -815,7 +831,7 @@ def _held(table: DeltaTable | None, target: CommitTarget) -> dict[str, RemovedFi
 
 
 def _contents(table: DeltaTable | None, target: CommitTarget) -> frozenset[tuple[str, date]]:
-    """What the table has of the target's dates: each date with the file in which its rows were first committed."""
+    """What the table has on the target's dates: each date with the file in which its rows were first committed."""
     held, mine = _held(table, target), None if target.dates is None else set(target.dates)
     if table is None or date_spans.days_of(table) == 1 or (mine is None and not target.shared):
         return frozenset((path, file.dates[0]) for path, file in held.items())
@@ -824,7 +840,7 @@ def _contents(table: DeltaTable | None, target: CommitTarget) -> frozenset[tuple
         if mine is None or any(file.dates[0] <= day <= file.dates[1] for day in mine):
             try:
                 parts = _dates_in(FileSystems.join(root, path), file.bytes)
-            except StoreError:  # gone, which is a change; or spoiled, which whoever keeps rows of it reports
+            except StoreError:  # a missing file is a change; a damaged one is reported by the code that copies its rows
                 found.add((path, file.dates[0]))
                 continue
             found.update((part.origin or path, part.date) for part in parts if mine is None or part.date in mine)
@@ -840,12 +856,12 @@ def _actions(table: DeltaTable) -> dict[str, list[Any]]:
 
 
 def delta_schema(schema: pa.Schema) -> Schema:
-    """`schema` in Delta's own terms (pyarrow 10 has no capsule that delta-rs could read)."""
+    """`schema` as a Delta schema (pyarrow 10 does not support the interface by which delta-rs reads Arrow schemas)."""
     return Schema([Field(field.name, PrimitiveType(_TYPES[field.type]), nullable=True) for field in schema])
 
 
-def with_columns(table: DeltaTable | None, schema: Schema) -> Schema:
-    """The table's schema with the columns of `schema` that it lacks: rows that an earlier version wrote get null."""
+def schema_with_columns(table: DeltaTable | None, schema: Schema) -> Schema:
+    """The table's schema, extended by the columns of `schema` that it lacks; older rows have null there."""
     if table is None:
         return schema
     held = table.schema().fields
@@ -859,6 +875,6 @@ def days_between(start: date, end: date) -> tuple[date, ...]:
 
 
 def _in_a_line(error: BaseException) -> str:
-    """The error in one line; delta-rs prints causes in lines of their own, with arrows and colours."""
+    """The error in one line; delta-rs prints causes on separate lines, with arrows and colours."""
     lines = [re.sub(r"\x1b\[\d*m|↳", "", line).strip() for line in str(error).splitlines()]
     return ": ".join(filter(None, lines))[:300] or type(error).__name__

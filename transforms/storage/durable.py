@@ -1,8 +1,8 @@
 """Files of a local disk that survive a power cut: written aside, flushed, renamed, and the folder flushed too.
 
 A rename alone makes a file visible at once but not durable: after a power cut the name may be missing, or may belong to
-an empty file.  So each file is flushed (fsync) before it gets its name, and the folder afterwards.  Whoever reports a
-file, or names it in another one, does so after that.
+an empty file.  So each file is flushed (fsync) before it gets its name, and the folder afterwards.  Only then is the
+file reported, or named in another file.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Some file systems, as those of networks, cannot flush a folder: they make a name durable with the file.
+# Some file systems, such as network file systems, cannot flush a folder: they make a name durable with the file.
 _NO_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
-# A disk flushes many files at once quicker than one after another.
+# A disk flushes many files faster at once than one after another.
 FLUSHES = 16
 
 
@@ -32,15 +32,15 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def write_file(path: str, content: bytes | pa.Buffer, exclusive: bool = False) -> None:
-    """Writes a whole file that is durable when this returns; readers see all of it or none.
+    """Writes a whole file that is durable on return; readers see all of it or none.
 
     Args:
-        path: of a local disk; folders that are missing are created.
-        content: bytes, or anything with their buffer.
+        path: a path on a local disk; missing folders are created.
+        content: bytes, or any object with a buffer of bytes.
         exclusive: refuse to replace a file.
 
     Raises:
-        FileExistsError: there is such a file, and `exclusive`.
+        FileExistsError: the file exists, and `exclusive` is true.
         OSError: it cannot be written; no part of it is left.
     """
     folder = os.path.dirname(path) or "."
@@ -61,7 +61,7 @@ def write_file(path: str, content: bytes | pa.Buffer, exclusive: bool = False) -
 
 
 def write_aside(path: str, content: bytes | pa.Buffer) -> str:
-    """Writes `content` under a hidden name beside `path`, and returns that; `publish` gives it its name.
+    """Writes `content` under a hidden name beside `path`, and returns the hidden path; `rename_files` renames it.
 
     Raises:
         OSError: it cannot be written; no part of it is left.
@@ -72,17 +72,18 @@ def write_aside(path: str, content: bytes | pa.Buffer) -> str:
         with open(aside, "wb") as handle:
             handle.write(content)
     except OSError:
-        with contextlib.suppress(OSError):  # half of it on a full disk helps nobody
+        with contextlib.suppress(OSError):  # on a full disk, half a file only takes space
             os.remove(aside)
         raise
     return aside
 
 
-def publish(files: Sequence[tuple[str, str]]) -> None:
-    """Gives files (path aside, path) their names; they are durable when this returns.  Each is flushed once.
+def rename_files(files: Sequence[tuple[str, str]]) -> None:
+    """Renames files, given as (hidden path, path); they are durable on return.  Each file and each folder is flushed
+    once.
 
     Raises:
-        OSError: a file cannot be flushed or renamed; those aside are removed.
+        OSError: a file cannot be flushed or renamed; the hidden files are removed.
     """
     try:
         list(_pool().map(sync_file, [aside for aside, _ in files]))
@@ -97,7 +98,7 @@ def publish(files: Sequence[tuple[str, str]]) -> None:
 
 
 def rename(source: str, target: str) -> None:
-    """Renames a file, whose content and new name are durable when this returns.
+    """Renames a file; its content and new name are durable on return.
 
     Raises:
         OSError: it cannot be renamed.
@@ -108,7 +109,7 @@ def rename(source: str, target: str) -> None:
 
 
 def make_folders(folder: str) -> None:
-    """Creates the folder and those above it that are missing, and flushes what names them.
+    """Creates the folder and missing folders above it, and flushes the folders that name them.
 
     Raises:
         OSError: a folder cannot be created.
@@ -150,9 +151,10 @@ def sync_folders(folders: Iterable[str]) -> None:
 
 
 def sync_ancestors(folder: str) -> None:
-    """Flushes what names the folder, and the folders above it, as far as they may be read.
+    """Flushes all folders above the folder, as far as this process may read them.
 
-    Of two writers that create a folder at the same time, one finds it there already: neither may rely on the other.
+    If two writers create a folder at the same time, one of them finds it there already, and cannot rely on the other to
+    flush it.
     """
     for each in Path(os.path.abspath(folder)).parents:
         with contextlib.suppress(PermissionError):

@@ -1,6 +1,6 @@
 """Beam's file systems, which import Beam only for addresses with a scheme such as `gs://`.
 
-Importing Beam takes more than a second.  A command that looks at a store on a local disk does without it.
+Importing Beam takes more than a second.  A command that looks at a store on a local disk does not need it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class FileSystems:
 
     @staticmethod
     def split(path: str) -> tuple[str, str]:
-        """The folder, absolute, and the last part of the path."""
+        """The absolute path of the folder, and the last part of the path."""
         if _is_local(path):
             return os.path.split(os.path.abspath(path))
         head, tail = _beam().split(path)
@@ -44,7 +44,7 @@ class FileSystems:
 
     @staticmethod
     def open(path: str, mime_type: str = "application/octet-stream", compression_type: str = "auto") -> BufferedIOBase:
-        """The file, to be read.  Files with a suffix such as `.gz` are decompressed by default."""
+        """Opens a file for reading.  Files with a suffix such as `.gz` are decompressed by default."""
         if _is_local(path) and (compression_type == "uncompressed" or not path.lower().endswith(_COMPRESSED)):
             return open_regular(path)
         handle: BufferedIOBase = _beam().open(path, mime_type, compression_type)
@@ -52,7 +52,7 @@ class FileSystems:
 
     @staticmethod
     def create(path: str, mime_type: str = "application/octet-stream") -> IO[bytes]:
-        """The file, to be written.  Its folder is created."""
+        """Opens a file for writing.  Its folder is created."""
         handle: IO[bytes] = _beam().create(path, mime_type)
         return handle
 
@@ -76,22 +76,23 @@ class FileSystems:
 
 
 def require_regular(path: str) -> None:
-    """Refuses what is no file: a FIFO would be waited for, and some devices never end.  Links are followed.
+    """Refuses a path that is not a regular file: reading a FIFO would wait, and some devices never end.  Links are
+    followed.
 
     Raises:
-        OSError: see above, or there is nothing.
+        OSError: the path is not a regular file, or does not exist.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(None, "it is not a regular file")
 
 
 def open_regular(path: str) -> BufferedIOBase:
-    """A file of this machine, to be read.
+    """Opens a file of this machine for reading.
 
     Raises:
         OSError: it cannot be opened, or is not a regular file.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # so that a FIFO is not waited for
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # so that opening a FIFO does not wait
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(None, "it is not a regular file")

@@ -1,9 +1,9 @@
 """Commits to the log of a Delta table on a local disk: one entry per version, durable before it is reported.
 
 delta-rs never flushes: after a power cut, the newest entry may be empty or cut short, and it reads an empty entry as a
-commit of nothing.  It cannot replace single files of a table either.  So entries are written here, by the Delta
+commit of nothing.  It also cannot replace single files of a table.  So entries are written here, by the Delta
 protocol (reader version 1, writer version 2): whole and flushed first, then linked to the name of their version, which
-fails if another writer has taken it.  Everything is read by delta-rs.  At addresses with a scheme delta-rs commits.
+fails if another writer has taken it.  delta-rs reads everything.  At addresses with a scheme, it also commits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from deltalake import DeltaTable, Schema
 from deltalake.exceptions import DeltaError
 from deltalake.transaction import AddAction
 
-from transforms.storage.delta_log import LOG, root_of, versions
+from transforms.storage.delta_log import LOG_FOLDER, logged_versions, root_of
 from transforms.storage.durable import make_folders, sync_ancestors, sync_folder, write_file
 from transforms.storage.stored_json import DAMAGE, parse_object, read_regular
 
@@ -34,8 +34,15 @@ log = logging.getLogger("millrace.storage")
 
 # A reader of the log need not read entries before the last checkpoint.
 CHECKPOINT_EVERY = 100
-# An entry counts its files, so that one that was cut short is not taken for a smaller commit.
-ADDED_FILES, REMOVED_FILES = "num_added_files", "num_removed_files"
+# An entry counts what it has, so that one that has lost actions is not taken for a smaller commit.  The first three
+# are those of delta-rs.
+ADDED_FILES, REMOVED_FILES, ADDED_ROWS, ACTIONS = (
+    "num_added_files",
+    "num_removed_files",
+    "num_added_rows",
+    "num_actions",
+)
+COUNTS = (ADDED_FILES, REMOVED_FILES, ADDED_ROWS, ACTIONS)
 _KEPT = "/=:@!$&'()*+,;~"
 
 
@@ -43,8 +50,8 @@ _KEPT = "/=:@!$&'()*+,;~"
 class RemovedFile:
     """A data file that a commit removes: path within the table, partition values, bytes, rows, first and last date.
 
-    `logged` is the path as the log has it.  Other programs encode other letters than `append_entry` does, and a file is
-    removed only by the very same text.
+    `logged` is the path as the log has it.  Other programs percent-encode other characters than `append_entry` does,
+    and a file is removed only by exactly the same text.
     """
 
     path: str
@@ -60,9 +67,9 @@ class LogEntry:
     """What one commit changes.
 
     Args:
-        schema: of the table; for a new one, or if the commit adds columns.
+        schema: the table's schema; needed for a new table, or if the commit adds columns.
         partition_by: the partition columns.
-        metadata: kept with the commit.
+        metadata: stored with the commit.
         application: id and version of the application's transaction.
         configuration: properties of a new table.
         changes_rows: False if the added files have the rows of the removed ones.
@@ -79,42 +86,49 @@ class LogEntry:
 
 
 def append_entry(uri: str, table: DeltaTable | None, entry: LogEntry) -> int:
-    """Commits `entry` as the version after `table`'s (None: as a new table's first), and returns that version.
+    """Commits `entry` as the version after that of `table` (None: as the first of a new table), and returns the
+    version.
 
-    Data files must be durable before.  The commit is, when this returns.
+    Data files must be durable before.  The commit is durable on return.
 
     Raises:
         FileExistsError: another writer has committed that version.
         OSError: the log cannot be written; nothing was committed.
     """
     root, version = root_of(uri), 0 if table is None else int(table.version()) + 1
-    folder = os.path.join(root, LOG)
+    folder = os.path.join(root, LOG_FOLDER)
     make_folders(folder)
     lines = [json.dumps(action, separators=(",", ":")) for action in _actions(table, entry)]
     write_file(os.path.join(folder, f"{version:020}.json"), ("\n".join(lines) + "\n").encode(), exclusive=True)
     if version == 0:
         sync_ancestors(folder)
     elif version % CHECKPOINT_EVERY == 0:
-        with contextlib.suppress(OSError, DeltaError):  # readers are quicker with one; none needs it
+        with contextlib.suppress(OSError, DeltaError):  # readers are faster with a checkpoint, but do not need it
             write_checkpoint(uri, version)
     return version
 
 
 def sync_log(uri: str) -> None:
-    """Makes commits that are in the log durable: a writer that was killed may not have come to it."""
+    """Makes the commits in the log durable: a writer may have been killed before it flushed them."""
     if "://" not in root_of(uri):
-        sync_folder(os.path.join(root_of(uri), LOG))
+        sync_folder(os.path.join(root_of(uri), LOG_FOLDER))
 
 
 def _actions(table: DeltaTable | None, entry: LogEntry) -> Iterator[dict[str, object]]:
     now = time.time_ns() // 1_000_000
     mode = "Overwrite" if entry.removed else "Append"
+    actions = 2 + (table is None) + (entry.schema is not None) + len(entry.removed) + len(entry.added)
     yield {
         "commitInfo": {
             "timestamp": now,
             "operation": "CREATE TABLE" if table is None else "WRITE" if entry.changes_rows else "OPTIMIZE",
             "operationParameters": {"mode": mode, "partitionBy": json.dumps(list(entry.partition_by))},
-            "operationMetrics": {ADDED_FILES: len(entry.added), REMOVED_FILES: len(entry.removed)},
+            "operationMetrics": {
+                ADDED_FILES: len(entry.added),
+                REMOVED_FILES: len(entry.removed),
+                ADDED_ROWS: sum(json.loads(action.stats)["numRecords"] for action in entry.added),
+                ACTIONS: actions,
+            },
             **entry.metadata,
         }
     }
@@ -165,17 +179,18 @@ def _metadata(table: DeltaTable | None, entry: LogEntry, now: int) -> dict[str, 
 def write_checkpoint(uri: str, version: int) -> None:
     """Writes a checkpoint of `version`, durable before the log names it.
 
-    delta-rs makes it, of links to the log in another folder, since it would write it unflushed in its place.
+    delta-rs makes it in another folder, from links to the log, because it would write the file in its place without
+    flushing it.
 
     Raises:
         OSError, DeltaError: it cannot be made.
     """
-    folder = Path(root_of(uri), LOG)
+    folder = Path(root_of(uri), LOG_FOLDER)
     with tempfile.TemporaryDirectory(prefix="millrace-") as elsewhere:
-        links = Path(elsewhere, LOG)
+        links = Path(elsewhere, LOG_FOLDER)
         links.mkdir()
-        last = _newest_checkpoint(folder)
-        for each in versions(uri):
+        last = newest_checkpoint(folder)
+        for each in logged_versions(uri):
             if last <= each <= version:
                 name = f"{each:020}.json"
                 (links / name).symlink_to((folder / name).absolute())
@@ -189,8 +204,8 @@ def write_checkpoint(uri: str, version: int) -> None:
         write_file(str(folder / "_last_checkpoint"), (links / "_last_checkpoint").read_bytes())
 
 
-def _newest_checkpoint(folder: Path) -> int:
-    """The version of the checkpoint that the log names; 0: none."""
+def newest_checkpoint(folder: Path) -> int:
+    """The version of the checkpoint that the log names; 0 if there is none."""
     try:
         return int(parse_object(read_regular(str(folder / "_last_checkpoint")))["version"])
     except (OSError, *DAMAGE):

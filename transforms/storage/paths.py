@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 
 from schemas.sources import Source
-from transforms.storage.delta_log import root_of, versions
+from transforms.storage.delta_log import logged_versions, root_of
 from transforms.storage.file_systems import FileSystems
 
 BOOSTER, ENCODERS, MANIFEST = "booster.ubj", "encoders.json", "manifest.json"
 
-# Folder to how many folders below it its tables are.
+# Maps a folder to how many levels below it its tables are.
 TABLE_DEPTHS = {
     "features": 2,
     "features_live": 2,
@@ -22,18 +22,18 @@ TABLE_DEPTHS = {
 
 
 def tables_below(store: str) -> list[str]:
-    """Folders of tables, as paths within the store; of sources those that are Delta tables.  Some may have no commit
-    yet."""
+    """Folders of tables, as paths within the store; of the sources, only those that are Delta tables.  Some may have no
+    commit yet."""
     return [
         f"{position}/{'/'.join(parts)}"
         for position, depth in TABLE_DEPTHS.items()
         for parts in folders(FileSystems.join(store, position), depth)
-        if position != "sources" or versions(FileSystems.join(store, position, *parts))
+        if position != "sources" or logged_versions(FileSystems.join(store, position, *parts))
     ]
 
 
 def folders(folder: str, depth: int) -> list[tuple[str, ...]]:
-    """Paths of the folders so far below `folder`, hidden ones left out."""
+    """Paths of the folders that are so many levels below `folder`, without hidden ones."""
     if "://" in folder:
         found = (each.path[len(folder) + 1 :] for each in FileSystems.match([f"{folder}/**"])[0].metadata_list)
         return sorted({tuple(path.split("/")[:depth]) for path in found if path.count("/") >= depth})
@@ -45,16 +45,16 @@ def folders(folder: str, depth: int) -> list[tuple[str, ...]]:
     return [(name, *rest) for name in names for rest in folders(os.path.join(folder, name), depth - 1)]
 
 
-def path_in_store(uri: str) -> str:
+def table_path_in_store(uri: str) -> str:
     """A feature table's path within its store: stores may be moved."""
     return "/".join(root_of(uri).split("/")[-3:])
 
 
 def present_path(store: str, recorded: str, position: str) -> str:
-    """Where something lies that a store recorded by its whole path, below `position`: stores are moved and copied.
+    """Where something is now that a store recorded by its whole path: stores are moved and copied.
 
-    What lies in another store is looked for in `store`, so that a copy never reads the original.  A folder that belongs
-    to no store is read where it is.
+    A path in another store is looked up in `store`, so that a copy never reads the original.  A folder that belongs to
+    no store is read where it is.
     """
     root, below, inside = recorded.rpartition(f"/{position}/")
     if not below or "://" in recorded or os.path.abspath(root) == os.path.abspath(store):

@@ -1,7 +1,7 @@
 """Rows removed from Parquet files and Delta tables for good: files are written again without them, older ones deleted.
 
-A table keeps its versions' commits. Files that its newest version does not name are deleted, so older versions cannot
-be read any more, and its log keeps no statistics of strings. Every step can be repeated after a kill.
+A table keeps the commits of its versions. Files that its newest version does not name are deleted, so older versions
+cannot be read any more. Its log keeps no statistics of strings. Every step can be repeated after a kill.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from transforms.storage.date_spans import (
     schema_with_segments,
     stats_of,
 )
-from transforms.storage.delta_log import LOG, path_within, root_of, versions
+from transforms.storage.delta_log import LOG_FOLDER, logged_versions, path_within, root_of
 from transforms.storage.delta_tables import append_commit, commit_attempt, open_table, paths_of
-from transforms.storage.log_entries import ADDED_FILES, REMOVED_FILES, LogEntry, RemovedFile, write_checkpoint
-from transforms.storage.stored_json import read_regular, understood
+from transforms.storage.log_entries import COUNTS, LogEntry, RemovedFile, write_checkpoint
+from transforms.storage.stored_json import explain_damage, read_regular
 
-# Rows of a row group and the file's path → whether each of them is removed.
+# (Rows of a row group, path of the file) → for each row, whether it is removed.
 Matches = Callable[[pa.Table, str], npt.NDArray[np.bool_]]
 FIX = "Grant access and free space, then run the same command again: it completes what was begun"
 
@@ -49,10 +49,10 @@ def _groups(file: pq.ParquetFile) -> Iterable[pa.Table]:
 def write_without(
     file: pq.ParquetFile, path: str, matches: Matches, target: str, schema: pa.Schema | None = None
 ) -> tuple[int, int]:
-    """Writes the rows of a file that do not match to `target`, aside and renamed.
+    """Writes the rows of a file that do not match to `target`, first under a hidden name.
 
     Args:
-        schema: the file's, with the metadata that it is to have; None: as it is.
+        schema: the schema of the file, with its new metadata; None: as it is.
 
     Returns:
         Rows that stayed and rows that were removed.
@@ -145,10 +145,10 @@ def rewrite_delta(
     return count
 
 
-# Of the features that a table may demand of its writers, those that a commit without some rows keeps by itself.
+# Of the features that a table may require of its writers, those that a commit which only removes rows satisfies.
 _KEPT_FEATURES = {
     "appendOnly",  # refused if it is in use
-    "changeDataFeed",  # readers of changes find the rows in the files that were removed, which are deleted
+    "changeDataFeed",  # the change feed reads removed rows from the removed files, and those are deleted
     "checkConstraints",
     "generatedColumns",
     "identityColumns",
@@ -206,7 +206,7 @@ def purge(uri: str) -> int:
     root, needed, count = root_of(table.table_uri), set(paths_of(table)), 0
     for folder, _, names in os.walk(root):
         inside = os.path.relpath(folder, root).split(os.sep)
-        if inside[0] == LOG or (inside[0].startswith("_") and inside[0] != "_change_data"):
+        if inside[0] == LOG_FOLDER or (inside[0].startswith("_") and inside[0] != "_change_data"):
             continue
         for name in names:
             path = os.path.join(folder, name)
@@ -218,21 +218,22 @@ def purge(uri: str) -> int:
 
 
 def _scrub(root: str, table: DeltaTable, needed: set[str]) -> None:
-    """Removes from the log what it has of rows: statistics, predicates, and files of other partitions than dates.
+    """Removes everything from the log that comes from rows: statistics, predicates, and partition values other than
+    dates.
 
-    Of a table whose files have several dates, it keeps the first and last date of each file, as paths do for other
-    tables.
+    For a table whose files have several dates, it keeps the first and last date of each file, which other tables have
+    in their paths.
     """
-    folder, dates = os.path.join(root, LOG), days_of(table) > 1
+    folder, dates = os.path.join(root, LOG_FOLDER), days_of(table) > 1
     ours = set(table.metadata().partition_columns) <= {"date", "view"}
-    for version in versions(root):
+    for version in logged_versions(root):
         path = os.path.join(folder, f"{version:020}.json")
-        with understood("A table's log can be read", path):
+        with explain_damage("A table's log can be read", path):
             lines = [line for line in read_regular(path).decode().splitlines() if line.strip()]
             scrubbed = [_scrubbed(line, root, None if ours else needed, dates) for line in lines]
         after = [each for each in scrubbed if each is not None]
         if after != lines:
-            if len(after) < len(lines):  # the entry no longer has the files that it counts
+            if len(after) < len(lines):  # the entry no longer has all the files that it counts
                 after = [_without_counts(line) for line in after]
             durable.write_file(path, ("\n".join(after) + "\n").encode())
     _renew_checkpoints(root, int(table.version()))
@@ -241,16 +242,16 @@ def _scrub(root: str, table: DeltaTable, needed: set[str]) -> None:
 def _without_counts(line: str) -> str:
     action = json.loads(line)
     if "commitInfo" in action:
-        for name in (ADDED_FILES, REMOVED_FILES):
+        for name in COUNTS:
             action["commitInfo"].get("operationMetrics", {}).pop(name, None)
     return json.dumps(action, separators=(",", ":"), ensure_ascii=False)
 
 
 def _renew_checkpoints(root: str, version: int) -> None:
-    """Replaces the checkpoints, which tell what the log did, by one of the newest version, and removes checksums of
-    other programs, which tell the same.
+    """Replaces the checkpoints, which repeat what was in the log, by one of the newest version, and removes the
+    checksum files of other programs, which repeat it too.
     """
-    folder = os.path.join(root, LOG)
+    folder = os.path.join(root, LOG_FOLDER)
     names = os.listdir(folder)
     checkpoints = [name for name in names if ".checkpoint" in name and not name.startswith((".", "_"))]
     for name in names:
@@ -258,7 +259,9 @@ def _renew_checkpoints(root: str, version: int) -> None:
             os.remove(os.path.join(folder, name))
     if not checkpoints:
         return
-    whole = versions(root)[0] == 0  # made of the entries alone; else the last checkpoint stands for the missing ones
+    whole = (
+        logged_versions(root)[0] == 0
+    )  # made from the entries alone; otherwise the last checkpoint replaces missing entries
     if whole:
         for name in [*checkpoints, "_last_checkpoint"]:
             with contextlib.suppress(FileNotFoundError):
@@ -271,11 +274,11 @@ def _renew_checkpoints(root: str, version: int) -> None:
 
 
 def _scrubbed(line: str, root: str, needed: set[str] | None, dates: bool) -> str | None:
-    """A line of the log without what it has of rows; None: it is left out.
+    """A line of the log without anything that comes from rows; None if the line is left out.
 
     Args:
         needed: files of the newest version; None for a table of Millrace.
-        dates: whether bounds of `date` stay.
+        dates: whether to keep bounds of `date`.
     """
     action = json.loads(line)
     ((kind, body),) = action.items()

@@ -1,6 +1,6 @@
-"""Which runs are at work on a store: each leaves a mark when it starts and takes it away when it ends.
+"""Which runs are at work on a store: each writes a marker when it starts and removes it when it ends.
 
-A run that was killed leaves its mark; it counts for as long as a run may take.
+The marker of a run that was killed stays; it counts for as long as a run may take.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from datetime import UTC, datetime
 import pyarrow as pa
 
 from schemas.errors import ConflictError, MillraceError
-from transforms.storage.delta_tables import write_aside
+from transforms.storage.delta_tables import write_file_atomically
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.stored_json import parse_object, read_regular, understood
+from transforms.storage.stored_json import explain_damage, parse_object, read_regular
 
 MARKER = "started.json"
-# The pipeline of an erasure in its mark.
+# The pipeline that the marker of an erasure names.
 ERASE = "erase"
 
 
 @dataclasses.dataclass(frozen=True)
 class RunMarker:
-    """A run that has started and not ended: since when, and the process that launched it."""
+    """A run that has started and not ended: when it started, and the process that launched it."""
 
     run_id: str
     pipeline: str
@@ -37,7 +37,7 @@ class RunMarker:
 
     @property
     def launcher_lives(self) -> bool:
-        """Whether the process is still there.  One of another machine cannot be seen from here."""
+        """Whether the process still exists.  A process of another machine cannot be seen from here."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -50,12 +50,12 @@ class RunMarker:
 
     @property
     def may_be_at_work(self) -> bool:
-        """Whether its launcher lives, or cannot be seen from here, or its job runs elsewhere."""
+        """Whether its launching process exists or cannot be seen from here, or its job runs elsewhere."""
         return self.launcher_lives or self.host != socket.gethostname() or self.pipeline.endswith("--streaming")
 
 
 def write_marker(folder: str, pipeline: str, run_id: str) -> None:
-    """Say that the run whose folder this is has started.
+    """Records that the run with this folder has started.
 
     Raises:
         StoreError: the store cannot be written.
@@ -68,18 +68,18 @@ def write_marker(folder: str, pipeline: str, run_id: str) -> None:
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    write_aside(folder, MARKER, pa.py_buffer(json.dumps(entry, indent=2).encode()))
+    write_file_atomically(folder, MARKER, pa.py_buffer(json.dumps(entry, indent=2).encode()))
 
 
-def begin(folder: str, pipeline: str, run_id: str) -> None:
-    """Writes the mark of a run, then checks that no erasure works on the store, or for an erasure that nothing does.
+def begin_run(folder: str, pipeline: str, run_id: str) -> None:
+    """Writes the marker of a run, then checks that no erasure works on the store; for an erasure, that no run does.
 
     Args:
-        folder: of the run, `<store>/runs/<run>`.
+        folder: the folder of the run, `<store>/runs/<run>`.
 
     Raises:
-        ConflictError: see `require_no_erasure`; the mark is removed.
-        StoreError: the store cannot be written, or a mark cannot be read.
+        ConflictError: see `require_no_erasure`; the marker is removed.
+        StoreError: the store cannot be written, or a marker cannot be read.
     """
     write_marker(folder, pipeline, run_id)
     try:
@@ -90,7 +90,7 @@ def begin(folder: str, pipeline: str, run_id: str) -> None:
 
 
 def remove_marker(folder: str) -> None:
-    """Say that it has ended."""
+    """Records that the run has ended."""
     path = FileSystems.join(folder, MARKER)
     if "://" not in path:
         with contextlib.suppress(OSError):
@@ -109,15 +109,15 @@ def running_runs(store: str) -> list[RunMarker]:
 
 
 def require_no_erasure(store: str, pipeline: str, run_id: str = "") -> None:
-    """Checks that no erasure works on a store; for an erasure, that nothing does.
+    """Checks that no erasure works on a store; for an erasure, that no run does.
 
-    Whoever works on a store writes its mark first and then looks: of two that start at the same time at least one sees
-    the other.
+    Each run writes its marker first and then looks for others: if two start at the same time, at least one sees the
+        other.
 
     Args:
         store: its folder; erasures do not work at addresses with a scheme.
-        pipeline: who looks.
-        run_id: its run, which is no other one.
+        pipeline: the pipeline that checks.
+        run_id: its own run, which is left out.
 
     Raises:
         ConflictError: see above.
@@ -141,7 +141,7 @@ def _markers(folder: str) -> Iterator[str]:
 
 
 def _read(path: str) -> RunMarker:
-    with understood("The mark of a run can be read", path, "If that run has ended, delete the file"):
+    with explain_damage("The mark of a run can be read", path, "If that run has ended, delete the file"):
         entry = parse_object(read_regular(path))
         names = [entry[name] for name in ("run_id", "pipeline", "host")]
         if not all(isinstance(name, str) for name in names) or not isinstance(entry["pid"], int):

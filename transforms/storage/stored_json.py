@@ -1,8 +1,7 @@
-"""JSON and other small files of a store, which somebody may have damaged: whatever they hold, there is one error for
-it.
+"""JSON and other small files of a store, which may be damaged: whatever they contain, there is one kind of error.
 
-A file that is kept in a store can be cut short, of another encoding, nested beyond Python's stack, or no file at all:
-a FIFO in its place would be waited for, and a device would never end.
+A file of a store can be truncated, have another encoding, be nested beyond Python's stack, or not be a regular file:
+reading a FIFO would wait, and a device would never end.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 Record = TypeVar("Record")
 
-# What taking damaged JSON for what it should be can raise.
+# What interpreting damaged JSON can raise.
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 RESTORE = "Restore the file"
 
@@ -40,8 +39,8 @@ def read_regular(path: str) -> bytes:
 
 
 @contextlib.contextmanager
-def understood(rule: str, path: str, fix: str = RESTORE, missing: str | None = None) -> Iterator[None]:
-    """Turns whatever reading and interpreting a stored file raises into one error.
+def explain_damage(rule: str, path: str, fix: str = RESTORE, missing: str | None = None) -> Iterator[None]:
+    """Turns anything that reading and interpreting a stored file raises into one error.
 
     Args:
         rule: what holds for the file.
@@ -77,10 +76,10 @@ def reason_of(error: BaseException) -> str:
 
 
 def parse_object(content: bytes | str) -> dict[str, Any]:
-    """A JSON object.
+    """Parses a JSON object.
 
     Raises:
-        ValueError, RecursionError: it is none.
+        ValueError, RecursionError: the text is not a JSON object.
     """
     found = json.loads(content.decode() if isinstance(content, bytes) else content)
     if not isinstance(found, dict):
@@ -94,7 +93,7 @@ def read_object(path: str, rule: str, fix: str = RESTORE) -> dict[str, Any]:
     Raises:
         StoreError: it cannot be read, or holds something else.
     """
-    with understood(rule, path, fix):
+    with explain_damage(rule, path, fix):
         return parse_object(read_regular(path))
 
 
@@ -103,7 +102,7 @@ class RecordError(ValueError):
 
 
 def parse_record(kind: type[Record], content: bytes | str) -> Record:
-    """A JSON object that has what `kind`, a TypedDict, says; it is returned as it is, with any further keys.
+    """Parses a JSON object that has the keys and types of `kind`, a TypedDict; further keys are kept.
 
     >>> from typing_extensions import TypedDict
     >>> Size = TypedDict("Size", {"bytes": int})
@@ -114,7 +113,7 @@ def parse_record(kind: type[Record], content: bytes | str) -> Record:
     transforms.storage.stored_json.RecordError: bytes: Field required
 
     Raises:
-        ValueError, RecursionError: it is no JSON object, or lacks a key, or has a value of another type.
+        ValueError, RecursionError: the text is not a JSON object, lacks a key, or has a value of another type.
     """
     from pydantic import ValidationError
 

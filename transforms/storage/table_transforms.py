@@ -15,7 +15,7 @@ from transforms.storage.delta_tables import (
     Committed,
     DataFile,
     commit,
-    groups,
+    file_groups,
     read_group,
     write_files,
 )
@@ -23,8 +23,7 @@ from transforms.storage.delta_tables import (
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class ReadTable(beam.PTransform):
-    """PBegin → PCollection[RecordBatch]: the given data files, resolved (and so pinned) at launch; some 250 000 rows an
-    element."""
+    """PBegin → PCollection[RecordBatch]: the given data files, fixed at launch; about 250 000 rows per element."""
 
     files: tuple[DataFile, ...]
     columns: tuple[str, ...] | None = None
@@ -33,7 +32,7 @@ class ReadTable(beam.PTransform):
         columns = None if self.columns is None else list(self.columns)
         return (
             begin
-            | "Files" >> beam.Create(list(groups(self.files)), reshuffle=len(self.files) > 1)
+            | "Files" >> beam.Create(list(file_groups(self.files)), reshuffle=len(self.files) > 1)
             | "Read" >> beam.Map(read_group, columns).with_output_types(pa.RecordBatch)
         )
 
@@ -59,7 +58,7 @@ class WriteFiles(beam.PTransform):
 class CommitFiles(beam.PTransform):
     """PCollection of one list of written files → PCollection[Committed] of one element.
 
-    `prepare(table or None, *side)` makes further metadata from the very snapshot that the commit builds on.
+    `prepare(table or None, *side)` makes further metadata from the same snapshot that the commit builds on.
     """
 
     target: CommitTarget
@@ -77,7 +76,7 @@ class CommitFiles(beam.PTransform):
 class WriteTable(beam.PTransform):
     """PCollection[RecordBatch] (with a `date` column) → PCollection[Committed] of one element.
 
-    Workers write files; one final step commits them all.  Run again under the same `run_id` it commits nothing twice.
+    Workers write files; one final step commits them all.  A second run with the same `run_id` commits nothing twice.
     """
 
     target: CommitTarget

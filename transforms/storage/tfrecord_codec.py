@@ -24,24 +24,26 @@ import numpy.typing as npt
 import pyarrow as pa
 from isal import isal_zlib
 
-# Rows encoded at a time: some 30 MB of records, enough that calls per column do not count.
+# Rows encoded at a time: about 30 MB of records, so that the cost of calls per column is negligible.
 CHUNK_ROWS = 1 << 14
-# Rows a thread turns into one gzip member; a file is several of them, as gzip allows.
+# Rows that a thread turns into one gzip member; a gzip file may have several members.
 MEMBER_ROWS = 2 * CHUNK_ROWS
 # Rows whose records are written at a time, so that they stay in the CPU's caches.
 CACHED_ROWS = 1 << 11
-# Bytes before and after a record: its length and the length's checksum; the record's checksum.
+# Bytes before a record (its length, and the checksum of the length) and after it (the record's checksum).
 _BEFORE, _AFTER = 12, 4
-# Tags around a value, innermost first: in a packed FloatList, a packed Int64List or a BytesList, and of the list.
+# Tags around a value, innermost first: the tag of the value in a packed FloatList, a packed Int64List or a BytesList,
+# then the tag of the list.
 _FLOATS, _INTEGERS, _STRINGS = b"\x0a\x12", b"\x0a\x1a", b"\x0a\x0a"
 _LONGEST_VARINT = 10
-# Integers are written with 8 or 16 bytes, of which only the first are theirs.  What they overwrite is written later:
-# the row's further columns, its checksum, or the head of the next row.  This much room is left after the last row.
+# Integers are written as 8 or 16 bytes, of which only the first belong to them.  The bytes that they overwrite are
+# written later: the row's further columns, its checksum, or the head of the next row.  This many bytes are left free
+# after the last row.
 _ROOM = 16
 
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
-# Elements of some bytes each, which NumPy copies without looking into them.
+# An element type of several bytes, which NumPy copies without interpreting it.
 Items = npt.NDArray[np.void]
 
 
@@ -51,7 +53,7 @@ def _encoders() -> ThreadPoolExecutor:
 
 
 def gzipped(batch: pa.RecordBatch, level: int = 1) -> Iterator[bytes]:
-    """The rows of `batch` as a gzipped TFRecord file, in parts, which threads begin to make at once.
+    """The rows of `batch` as a gzipped TFRecord file, in parts; threads begin to make the parts at once.
 
     Equal rows give equal bytes.
     """
@@ -60,7 +62,7 @@ def gzipped(batch: pa.RecordBatch, level: int = 1) -> Iterator[bytes]:
 
 
 def _member(batch: pa.RecordBatch, level: int) -> bytes:
-    packer = isal_zlib.compressobj(level, isal_zlib.DEFLATED, 31)  # gzip, many times faster than zlib's own
+    packer = isal_zlib.compressobj(level, isal_zlib.DEFLATED, 31)  # writes gzip, many times faster than zlib itself
     parts = [packer.compress(records(batch.slice(start, CHUNK_ROWS))) for start in range(0, batch.num_rows, CHUNK_ROWS)]
     return b"".join([*parts, packer.flush()])
 
@@ -92,7 +94,7 @@ def records(batch: pa.RecordBatch) -> memoryview:
 def _checksums(out: Bytes, starts: Ints, ends: Ints) -> npt.NDArray[np.uint32]:
     """CRC-32C of each `out[start:end]`."""
     first = int(starts[0])
-    content = out[first : int(ends[-1])].tobytes()  # the library takes no views
+    content = out[first : int(ends[-1])].tobytes()  # the library does not accept views
     bounds = zip((starts - first).tolist(), (ends - first).tolist(), strict=True)
     return np.array([google_crc32c.value(content[start:end]) for start, end in bounds], np.uint32)
 
@@ -102,21 +104,21 @@ def _masked(sums: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
 
 
 def _put(out: Bytes, at: Ints, items: Items) -> None:
-    """Write each item, or the only one everywhere, at its place."""
+    """Writes each item at its position; a single item is written at every position."""
     if len(at):
         _items(out, items.itemsize)[at] = items
 
 
 def _items(content: Bytes, width: int) -> Items:
-    """The `width` bytes from each place on."""
+    """The `width` bytes that begin at each position."""
     return np.ndarray((len(content) - width + 1,), f"V{width}", content, strides=(1,))
 
 
 class _Heads:
-    """What stands before each row's features: the length, its checksum, and the tag and length of `Features`."""
+    """What precedes each row's features: the length, its checksum, and the tag and length of `Features`."""
 
     def __init__(self, sizes: Ints) -> None:
-        # Rows have few different lengths.
+        # Rows have few distinct lengths.
         distinct, self.which = np.unique(sizes, return_inverse=True)
         self.heads = [_head(size) for size in distinct.tolist()]
         self.lengths = np.array([len(head) for head in self.heads], np.int64)
@@ -149,7 +151,7 @@ def _column(name: str, column: pa.Array) -> _Floats | _Integers | _Strings:
 
 @functools.lru_cache(1 << 16)
 def _entry_head(name: str, tags: bytes, length: int) -> Items:
-    """What stands before a value of `length` bytes in its column's entry; `tags` are those around the value, innermost
+    """What precedes a value of `length` bytes in its column's entry; `tags` are the tags around the value, innermost
     first."""
     head = b""
     for tag in tags:
@@ -247,7 +249,8 @@ def _valid(column: pa.Array) -> npt.NDArray[np.bool_]:
 
 
 def _varint(value: int) -> bytes:
-    """A base-128 varint: seven bits a byte, least first, the high bit on all but the last."""
+    """A base-128 varint: seven bits per byte, least significant first, with the high bit set in all bytes but the
+    last."""
     found = []
     while value >= 128:
         found.append(value & 127 | 128)
@@ -274,14 +277,14 @@ def _varints(values: npt.NDArray[np.uint64], lengths: Ints) -> Items:
 
 
 def _word(values: npt.NDArray[np.uint64], septets: int) -> npt.NDArray[np.uint64]:
-    """The lowest septets, one a byte."""
+    """The lowest groups of seven bits, one per byte."""
     found = values & np.uint64(127)
     for place in range(1, septets):
         found |= (values & np.uint64(127 << 7 * place)) << np.uint64(place)
     return found
 
 
-# By length of a varint, the high bits of its first 8 bytes, and of those after.
+# For each length of a varint, the high bits of its first 8 bytes, and of the bytes after them.
 _CONTINUED = {
     first: np.array(
         [sum(128 << 8 * (place - first) for place in range(first, min(length - 1, first + 8))) for length in range(11)],

@@ -1,4 +1,5 @@
-"""TFRecord files of tf.Example in a pipeline: read into RecordBatches by tfx_bsl's decoder, written by `tfrecords`.
+"""TFRecord files of tf.Example in a pipeline: read into RecordBatches by tfx_bsl's decoder, written by
+`tfrecord_codec`.
 
 Formats: TensorFlow's TFRecord framing (length, checksum, record, checksum; masked CRC-32C) and `tf.train.Example`.
 """
@@ -23,23 +24,23 @@ import pyarrow.compute as pc
 
 import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from schemas.errors import ContractError, StoreError
-from transforms.storage.delta_tables import write_aside
+from transforms.storage.delta_tables import write_file_atomically
 from transforms.storage.durable import rename
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.tfrecord_codec import gzipped
 
 BATCH_ROWS = 1 << 15
-# A record longer than this is a broken length, not an example.
+# A longer record means that its length is damaged.
 LONGEST_RECORD = 1 << 30
 _HEAD = struct.Struct("<QI")
 _SUM = struct.Struct("<I")
 
 
-def matching(pattern: str) -> list[str]:
-    """Paths that `pattern` names, sorted.
+def matching_files(pattern: str) -> list[str]:
+    """Paths that match `pattern`, sorted.
 
     Raises:
-        StoreError: none.
+        StoreError: no file matches, or the files cannot be listed.
     """
     try:
         (match,) = FileSystems.match([pattern])
@@ -58,8 +59,8 @@ def read_examples(path: str, schema: pa.Schema, rows: int = BATCH_ROWS) -> Itera
     that the schema does not name are skipped.
 
     Raises:
-        StoreError: the file cannot be read, is cut short, or a checksum does not hold.
-        ContractError: a record is no tf.Example, or a feature has another type or several values.
+        StoreError: the file cannot be read, is truncated, or has a wrong checksum.
+        ContractError: a record is not a tf.Example, or a feature has another type or several values.
     """
     decode = _decoder(schema)
     for first, records in _chunks(path, rows):
@@ -113,7 +114,7 @@ def _masked(content: bytes) -> int:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[IO[bytes]]:
-    """The file's content, unpacked where it is gzipped."""
+    """The file's content, decompressed if it is gzipped."""
     with FileSystems.open(path, "application/octet-stream", "uncompressed") as handle:
         packed = handle.read(2) == b"\x1f\x8b"
         handle.seek(0)
@@ -121,8 +122,8 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
 
 
 def _decoder(schema: pa.Schema) -> Any:
-    """tfx_bsl's decoder keeps state while it decodes: two threads in one of them got each other's rows.  One a
-    reader."""
+    """tfx_bsl's decoder keeps state while it decodes: two threads that shared one got each other's rows.  So each
+    reader has its own."""
     from tensorflow_metadata.proto.v0 import schema_pb2
     from tfx_bsl.coders import example_coder
 
@@ -137,7 +138,7 @@ def _decoder(schema: pa.Schema) -> Any:
 
 
 def _flat(lists: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """Lists of one value as plain columns of `schema`."""
+    """Turns lists of one value into plain columns of `schema`."""
     columns = []
     for field in schema:
         column = lists.column(lists.schema.get_field_index(field.name))
@@ -158,7 +159,7 @@ def _typed(values: pa.Array, kind: pa.DataType) -> pa.Array:
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class ReadExamples(beam.PTransform):
-    """PBegin → PCollection[RecordBatch] of `schema`, from the TFRecord files named, each read by one worker."""
+    """PBegin → PCollection[RecordBatch] of `schema`, from the given TFRecord files, each read by one worker."""
 
     paths: tuple[str, ...]
     schema: pa.Schema
@@ -173,7 +174,8 @@ class ReadExamples(beam.PTransform):
 
 @dataclasses.dataclass(frozen=True)
 class TFRecordFile:
-    """A file written aside: where, which rows it starts with (their date and a digest, to sort by), how many."""
+    """A file under a hidden name: its path, the date of its first row and a digest (to sort by), and its number of
+    rows."""
 
     path: str
     first: str
@@ -181,20 +183,20 @@ class TFRecordFile:
 
 
 def write_tfrecord_file(batch: pa.RecordBatch, prefix: str, run_id: str) -> TFRecordFile:
-    """Write the batch as tf.Examples into a hidden file beside `prefix`.  Equal batches write the same name again."""
+    """Writes the batch as tf.Examples into a hidden file beside `prefix`.  Equal batches write the same name again."""
     content = b"".join(gzipped(batch))
     digest = hashlib.blake2b(content, digest_size=8).hexdigest()
     first = batch.column(batch.schema.get_field_index("date")).slice(0, 1).to_pylist()
     folder, base = FileSystems.split(prefix)
     name = f".{base}.{run_id}-{digest}.part"
-    write_aside(folder or ".", name, pa.py_buffer(content))
+    write_file_atomically(folder or ".", name, pa.py_buffer(content))
     return TFRecordFile(FileSystems.join(folder or ".", name), f"{first[0] if first else ''}-{digest}", batch.num_rows)
 
 
 def publish_tfrecord_files(parts: list[TFRecordFile], prefix: str) -> list[str]:
-    """Give the parts their names, `<prefix>-00000-of-00002.tfrecord.gz` and so on in order of date, and remove others.
+    """Renames the parts to `<prefix>-00000-of-00002.tfrecord.gz` and so on, in order of date, and removes other files.
 
-    Done again after being cut short, it completes what is missing.
+    Repeated after an interruption, it completes what is missing.
     """
     unique = sorted({each.path: each for each in parts}.values(), key=lambda each: each.first)
     names = [f"{prefix}-{i:05d}-of-{len(unique):05d}.tfrecord.gz" for i in range(len(unique))]
@@ -219,7 +221,7 @@ def publish_tfrecord_files(parts: list[TFRecordFile], prefix: str) -> list[str]:
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
 class WriteTFRecordFiles(beam.PTransform):
-    """PCollection[RecordBatch] (with a `date` column) → PCollection of one list of Part, for
+    """PCollection[RecordBatch] (with a `date` column) → PCollection of one list of `TFRecordFile`, for
     `publish_tfrecord_files`."""
 
     prefix: str

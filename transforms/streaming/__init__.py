@@ -3,9 +3,9 @@
 A message is decoded and its rows are put into a micro-batch with their offsets.  The journal receives all
 micro-batches, orders them, drops repeats, moves the completeness watermark, and releases spine rows whose sources are
 complete.  A shard holds the events of its keys and computes the features of a released spine row with the kernel of
-the batch engine.  `LiveFeatures` is the PTransform of all this.  The rows from before a job's start are accepted from
-files as its history.  Feature rows go to a topic at once and to the live tables at each commit; after a stop,
-`find_recovery_point` reads from these tables where to continue.
+the batch engine.  `LiveFeatures` is the PTransform that contains all of this.  The rows from before a job's start are
+accepted from files as its history.  Feature rows go to a topic at once and to the live tables at each commit; after a
+stop, `find_recovery_point` reads from these tables where to continue.
 """
 
 from typing import TYPE_CHECKING
@@ -15,8 +15,8 @@ from transforms.public_names import import_when_used
 if TYPE_CHECKING:
     from transforms.streaming.accepted_rows import accepted_file
     from transforms.streaming.crash_guard import CrashGuard, guard_folder
-    from transforms.streaming.fates import FATE_COLUMNS, Memory, known_columns, known_order, repeated_from
-    from transforms.streaming.groups import groups_of
+    from transforms.streaming.fates import FATE_COLUMNS, RepeatMemory, known_columns, known_order, repeated_from
+    from transforms.streaming.groups import shard_groups
     from transforms.streaming.history import Handover
     from transforms.streaming.kafka import (
         MESSAGE_ROWS,
@@ -25,32 +25,32 @@ if TYPE_CHECKING:
         ReadTopics,
         begin_offsets,
         dead_letter_messages,
-        ensure,
+        ensure_topics,
         send_end,
         set_group_offsets,
         topic_of,
     )
-    from transforms.streaming.kafka_admin import FirstAvailable, check_reachable, partitions_of, unread
+    from transforms.streaming.kafka_admin import FirstAvailable, check_reachable, partitions_of, unread_offsets
     from transforms.streaming.kafka_properties import read_properties, secrets_of
-    from transforms.streaming.live_dimensions import kept, rewrite_versions
+    from transforms.streaming.live_dimensions import kept_version, rewrite_versions
     from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, to_journal
     from transforms.streaming.live_settings import LiveSettings
     from transforms.streaming.live_tables import (
         BeyondOffsets,
+        TableWriter,
         UnknownIds,
-        Writer,
         application_of,
         is_of_live_job,
         last_commit_record,
         read_feature_rows,
         source_record,
     )
-    from transforms.streaming.message_limits import LIMITS, MessageLimits, read_arrow
+    from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits, read_arrow
     from transforms.streaming.messages import (
         ANY_ERROR,
         EXPANDED_BYTES,
         HEARTBEAT,
-        ORIGIN,
+        ORIGIN_TYPES,
         Decoded,
         Message,
         by_partition,
@@ -62,8 +62,8 @@ if TYPE_CHECKING:
     from transforms.streaming.micro_batches import (
         SKIPPED,
         MicroBatch,
+        admissible,
         envelopes_of,
-        in_order,
         micro_batch_envelope,
         micro_batches_of,
         no_topic,

@@ -9,16 +9,16 @@ from datetime import date, timedelta
 import numpy as np
 import polars as pl
 
-from schemas.live import accepted, repeats_by, sources_of
+from schemas.live import accepted, live_sources, repeats_by
 from schemas.views import FeatureView
 from transforms.records.times import ALWAYS, FOREVER, day_of
-from transforms.sources.repeats import NEVER
+from transforms.sources.repeats import NEVER_REPEATED
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file
 from transforms.storage.paths import source_uri, sources_root
-from transforms.streaming.fates import FATE_COLUMNS, Memory, known_columns, known_order, repeated_from
+from transforms.streaming.fates import FATE_COLUMNS, RepeatMemory, known_columns, known_order, repeated_from
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, row_identity
 
-# A piece of accepted rows has about so many.
+# A piece of accepted rows has about so many rows.
 SEED_ROWS = 200_000
 
 # Times beyond these (the years 1899 and 9999) have no date in Python.
@@ -27,13 +27,13 @@ EARLIEST, LATEST = -(2**51), 253_402_214_400_000_000
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AcceptedRows:
-    """The accepted rows of one source, as of a version of its table.
+    """The accepted rows of one source, at a version of its table.
 
     Args:
         view: the view.
         store: the folder of the tables.
         source: name of the source.
-        version: of its table.
+        version: version of its table.
         partition: only the rows of this partition; None: of all.
     """
 
@@ -45,7 +45,7 @@ class AcceptedRows:
 
     def since(self, low: int) -> pl.DataFrame:
         """All rows that were known at or after `low` µs, with all columns but the date."""
-        time = pl.col(str(sources_of(self.view)[self.source].time)).to_physical()
+        time = pl.col(str(live_sources(self.view)[self.source].time)).to_physical()
         parts = self.pieces(low)
         empty = pl.DataFrame(pl.from_arrow(accepted(self.view, self.source).empty_table())).drop("date")
         return pl.concat([empty, *(part.filter(time >= low) for part in parts)])
@@ -53,12 +53,12 @@ class AcceptedRows:
     def pieces(
         self, low: int = ALWAYS, end: int = FOREVER, columns: Sequence[str] | None = None, rows: int = SEED_ROWS
     ) -> Iterator[pl.DataFrame]:
-        """Rows of the dates that overlap `[low, end)` µs, by date; other rows of these dates are among them.
+        """Rows of the dates that overlap `[low, end)` µs, by date; they include other rows of these dates.
 
         Args:
             low, end: see above.
             columns: the columns to read; None: all but the date.
-            rows: a piece has about this many rows.  Of a source with repeats it has whole dates.
+            rows: a piece has about this many rows.  If the source has repeats, a piece has whole dates.
         """
         table = open_table(source_uri(sources_root(self.store), self.source), self.version)
         assert table is not None
@@ -83,7 +83,7 @@ class AcceptedRows:
         """Whether some rows repeat others and do not count."""
         return bool(repeats_by(self.view, self.source))
 
-    def replaced(self, low: int, memory: Memory) -> pl.Series:
+    def replaced(self, low: int, memory: RepeatMemory) -> pl.Series:
         """Identities of rows that an earlier version of Millrace replaced by one known at or after `low` µs."""
         found = [pl.Series("__instead", [], pl.Int64)]
         columns = [*ORIGIN_COLUMNS, "__instead", "__uncompared"]
@@ -91,25 +91,25 @@ class AcceptedRows:
             found.append(part.filter(pl.Series(memory.span_of(part) == 0))["__instead"].drop_nulls())
         return pl.concat(found)
 
-    def counts(self, rows: pl.DataFrame, memory: Memory, replaced: pl.Series) -> pl.Series:
-        """Whether each row counts, if there are no others.
+    def counts(self, rows: pl.DataFrame, memory: RepeatMemory, replaced: pl.Series) -> pl.Series:
+        """Whether each row counts, if these are all rows.
 
         Args:
             rows: rows of the source, with the columns that decide.
-            memory: of the source.
+            memory: the memory of the source.
             replaced: see above.
         """
         gone = row_identity(rows).is_in(replaced.implode()).to_numpy()
         none = np.zeros(len(rows), np.int64)
         order = known_order(self.view, self.source)
-        return pl.Series(repeated_from(order, memory, rows, none, np.where(gone, 0, NEVER)) == NEVER)
+        return pl.Series(repeated_from(order, memory, rows, none, np.where(gone, 0, NEVER_REPEATED)) == NEVER_REPEATED)
 
-    def counted(self, end: int, memory: Memory, replaced: pl.Series) -> Iterator[pl.DataFrame]:
+    def counted(self, end: int, memory: RepeatMemory, replaced: pl.Series) -> Iterator[pl.DataFrame]:
         """The rows of `pieces` up to `end` µs that count, with the columns that features need.
 
         Args:
             end: see above.
-            memory: of the source; not used if it has no repeats.
+            memory: the memory of the source; not used if it has no repeats.
             replaced: see above.
         """
         columns = self.view.columns_held(self.source)
@@ -117,12 +117,12 @@ class AcceptedRows:
             yield from self.pieces(end=end, columns=[*columns, *ORIGIN_COLUMNS])
             return
         known = dict.fromkeys([*known_columns(self.view, self.source), *columns, *ORIGIN_COLUMNS, *FATE_COLUMNS])
-        time, before = pl.col(str(sources_of(self.view)[self.source].time)).to_physical(), pl.DataFrame()
+        time, before = pl.col(str(live_sources(self.view)[self.source].time)).to_physical(), pl.DataFrame()
         for rows in self.pieces(end=end, columns=list(known)):
             both = pl.concat([before, rows]) if len(before) else rows
             counts = self.counts(both, memory, replaced)
             yield rows.filter(counts.slice(len(before)))
-            before = both.filter(time >= time.max() - memory.length)  # a row of a later date may repeat these
+            before = both.filter(time >= time.max() - memory.length)  # a row of a later date may repeat one of these
 
 
 def accepted_file(view: FeatureView, name: str, file: DataFile, columns: Sequence[str]) -> pl.DataFrame:

@@ -1,9 +1,9 @@
 """Avro containers as messages, read within limits.
 
-The schema of an Avro file comes with it, and fastavro trusts it: a schema that nests thousands of levels or refers to
-itself overflows the stack, an array of nulls of two billion items takes a byte, and blocks decompress to any size.  So
-the header is read here: the schema is checked, blocks are decompressed up to the limit, and fastavro reads the declared
-columns alone from what is left, a container without compression.
+The schema of an Avro file is part of the file, and fastavro trusts it: a schema that nests thousands of levels or
+refers to itself overflows the stack, an array of two billion nulls takes a few bytes, and blocks decompress to any
+size.  So the header is read here: the schema is checked, blocks are decompressed up to the limit, and fastavro reads
+only the declared columns from the resulting container without compression.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from schemas.errors import ContractError
-from transforms.streaming.message_limits import LIMITS, MessageLimits, json_depth
+from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits, json_depth
 
 MAGIC = b"Obj\x01"
 _SYNC = b"\0" * 16
@@ -55,16 +55,16 @@ class _Input:
         return self.value[self.position - length : self.position]
 
 
-def avro_rows(value: bytes, columns: Collection[str], limits: MessageLimits = LIMITS) -> list[object]:
-    """The rows of an Avro container, with the declared columns alone.
+def avro_rows(value: bytes, columns: Collection[str], limits: MessageLimits = DEFAULT_LIMITS) -> list[object]:
+    """The rows of an Avro container, with only the declared columns.
 
     Args:
         value: the container.
         columns: the declared columns.
-        limits: what it may hold.
+        limits: the most that it may contain.
 
     Raises:
-        ContractError: it holds more, its schema nests too deep, refers to itself or has items without bytes, or
+        ContractError: it contains more, its schema nests too deep, refers to itself or has items without bytes, or
             fastavro is not installed.
         Exception: whatever fastavro raises for bytes that are not Avro.
     """
@@ -89,20 +89,20 @@ def _schemas(text: bytes, columns: tuple[str, ...], limits: MessageLimits) -> tu
     return _header_bytes(json.dumps(schema).encode()), {**schema, "fields": wanted}
 
 
-def check_avro(value: bytes, limits: MessageLimits = LIMITS) -> int:
+def check_avro(value: bytes, limits: MessageLimits = DEFAULT_LIMITS) -> int:
     """Checks the blocks of an Avro container, which must be decompressed for it.
 
     Returns:
         Bytes of its rows after decompression.
 
     Raises:
-        ContractError: it expands beyond the limits, or is no such container.
+        ContractError: it expands beyond the limits, or is not such a container.
     """
     return sum(len(data) for _, data in _container(value, limits)[1])
 
 
 def _container(value: bytes, limits: MessageLimits) -> tuple[bytes, list[tuple[int, bytes]]]:
-    """The schema of a container, as JSON, and its blocks: rows, and bytes without compression."""
+    """The schema of a container, as JSON, and its blocks: number of rows, and decompressed bytes."""
     source = _Input(value, len(MAGIC))
     header = _header(source)
     codec, sync = header.get("avro.codec", b"null"), source.take(16)
@@ -128,7 +128,7 @@ def _header(source: _Input) -> dict[str, bytes]:
     while count := source.long():
         if count < 0:
             source.long()  # the size of the block in bytes
-        for _ in range(abs(count)):  # ends with the bytes: an entry has two at least
+        for _ in range(abs(count)):  # ends when the bytes end: an entry has at least two
             name = source.take(source.long()).decode()
             found[name] = source.take(source.long())
     return found
@@ -152,7 +152,7 @@ def _checked_schema(schema: Any, limits: MessageLimits) -> dict[str, Any]:
     """The schema of a row with the definition of a type wherever the type is named, so that fields can be left out.
 
     Raises:
-        ContractError: it is no record, refers to itself, nests too deep, or has items without bytes.
+        ContractError: it is not a record, refers to itself, nests too deep, or has items without bytes.
     """
     if not isinstance(schema, dict) or schema.get("type") != "record" or not isinstance(schema.get("fields"), list):
         raise ContractError("The Avro schema of a row is a record", json.dumps(schema)[:100], "")
@@ -176,7 +176,7 @@ class _SchemaWalk:
     def type(self, schema: Any, space: str, depth: int, inside: tuple[str, ...]) -> Any:
         self.limits.check_depth(depth)
         self.count += 1
-        self.limits.check_columns(self.count)  # names that refer to names would expand without end
+        self.limits.check_columns(self.count)  # names that refer to each other would expand without end
         if isinstance(schema, list):
             return [self.type(each, space, depth + 1, inside) for each in schema]
         if isinstance(schema, str):
@@ -229,7 +229,7 @@ def _full_name(name: str, space: Any) -> str:
 def _without_bytes(schema: Any) -> bool:
     """Whether a value of a type that `_SchemaWalk` has checked may take no byte."""
     if isinstance(schema, list):
-        return False  # a byte selects it
+        return False  # a byte selects the member
     if isinstance(schema, str):
         return schema == "null"
     if schema["type"] == "record":
@@ -238,13 +238,13 @@ def _without_bytes(schema: Any) -> bool:
 
 
 def _decompressed(codec: bytes, data: bytes, before: int, limits: MessageLimits) -> bytes:
-    """A block without its compression; of one that goes beyond the limits the first bytes, one too many.
+    """A decompressed block. If it exceeds the limits, only its first bytes, one more than allowed.
 
     Args:
         codec: its compression.
         data: the block.
-        before: bytes of the blocks before it.
-        limits: what all blocks may hold.
+        before: number of bytes of the blocks before it.
+        limits: the most that all blocks may contain.
     """
     most = limits.expanded_bytes - before
     if codec == b"null":
@@ -258,7 +258,7 @@ def _decompressed(codec: bytes, data: bytes, before: int, limits: MessageLimits)
     if codec == b"zstandard":
         with pa.input_stream(pa.py_buffer(data), compression="zstd") as stream:
             return bytes(stream.read(most + 1))
-    if codec == b"snappy":  # its first bytes are its length; Avro puts a checksum of four bytes behind
+    if codec == b"snappy":  # its first bytes are its length; Avro appends a checksum of four bytes
         length = _varint(data)
         limits.check_bytes(before + length)
         return _snappy(data[:-4], length, data[-4:])

@@ -1,4 +1,4 @@
-"""From when on a live store has the rows of each source, and which of them were loaded as history.
+"""The time from which a live store has the rows of each source, and the rows that were loaded as history.
 
 History is the rows of a source's files from before a job's start.  They are accepted once, before the first turn, into
 the source's own table, under partition −1.
@@ -14,8 +14,8 @@ from transforms.records.frame_packets import Head
 from transforms.records.times import ALWAYS, FOREVER
 
 # The partition of rows that came from files, before the topic's.
-HISTORY = -1
-# Counts and names rows of a topic that are refused since history may have them too.
+HISTORY_PARTITION = -1
+# The name, in counts and dead letters, of rows of a topic that are refused because history may have them too.
 BEFORE_START = "before_start"
 
 
@@ -24,7 +24,7 @@ class LoadedHistory:
     """Rows that were read from a source's files at one time.
 
     Args:
-        version: of the source: a Delta table's version, or a digest of its files.
+        version: version of the source: a Delta table's version, or a digest of its files.
         offsets: the rows have the offsets `[first, next)`, in the order of time.
         since, until: the interval `[since, until)` of times (µs) that was read.
     """
@@ -45,12 +45,13 @@ class LoadedHistory:
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """From when on the store has the rows of one source.  Times are µs.
+    """The time from which the store has the rows of one source.  Times are µs.
 
     Args:
-        start: rows from before it are read from files, the others from the topic; None: there is no such time.
-        since: from then on the store has every row.  ALWAYS: it has all rows; FOREVER: it is not known yet.
-        taken: the history that was loaded.
+        start: earlier rows are read from files, the others from the topic; None: there is no such time.
+        since: the time from which the store has every row.  ALWAYS: it has all rows; FOREVER: the time is not known
+            yet.
+        taken: the loaded history.
     """
 
     start: int | None = None
@@ -72,10 +73,10 @@ class Beginning:
 
 @dataclasses.dataclass(frozen=True)
 class Beginnings:
-    """From when on a live store has the rows of each of its sources.
+    """The times from which a live store has the rows of each of its sources.
 
     Args:
-        sources: by name.
+        sources: the beginnings by name of the source.
         horizon: features are not computed for spine rows before it (µs), since their windows begin before the history
             that was loaded.
     """
@@ -103,12 +104,12 @@ class Beginnings:
         return result
 
     def to_json(self) -> Head:
-        """As commits and checkpoints hold it."""
+        """The JSON that commits and checkpoints contain."""
         return {"horizon": self.horizon, "sources": {name: each.to_json() for name, each in self.sources.items()}}
 
     @classmethod
     def of_json(cls, value: Head | None) -> Beginnings:
-        """The beginnings of `to_json`; none if an earlier version did not write them."""
+        """Reads what `to_json` wrote; there are no beginnings if an earlier version did not write them."""
         if not value:
             return cls()
         return cls({name: Beginning.of_json(each) for name, each in value["sources"].items()}, value["horizon"])

@@ -1,4 +1,5 @@
-"""The completeness watermark: up to which time every row of a source is known, by the data instead of the runner.
+"""The completeness watermark: the time up to which every row of a source is known, derived from the data instead of the
+runner.
 
 A partition that has sent a row of time T promises that no row earlier than T − lateness will follow.  A source is
 complete up to the least promise of its partitions.  The features of a spine row at t are computed once every source
@@ -23,8 +24,8 @@ class Partition:
 
     Args:
         promise: no row before this time (µs) will follow.
-        heard: time of its last message, µs.
-        ended: whether nothing follows at all.  Rows that follow all the same, as of a second replay, reset it.
+        heard: arrival time of its last message, µs.
+        ended: whether no row follows.  Rows that follow anyway, such as those of a second replay, reset it.
     """
 
     promise: int
@@ -84,7 +85,7 @@ class Completeness:
         self._watermarks = dict.fromkeys(rules, ALWAYS)
 
     def expect(self, source: str, partition: int, now: int) -> None:
-        """From now on, the source is complete only as far as this partition is."""
+        """From now on, the source is complete only up to the promise of this partition."""
         self.partitions[source].setdefault(partition, Partition(ALWAYS, now))
 
     def observe(self, source: str, partition: int, greatest: int, now: int) -> None:
@@ -142,7 +143,7 @@ class Completeness:
         }
 
     def restore(self, state: Mapping[str, SourceCompleteness]) -> None:
-        """Restores a state; sources that it does not name stay as they are."""
+        """Restores a state; sources that it does not name stay unchanged."""
         for name, each in state.items():
             if name in self.partitions:
                 self._watermarks[name] = each.watermark

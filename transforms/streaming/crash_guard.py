@@ -1,9 +1,9 @@
 """Messages that kill the process that decodes them, found after its restart and refused.
 
-A worker notes which messages it decodes in a small file that is mapped into memory, which outlives the process however
-it dies, and clears the note afterwards.  A worker that starts finds the notes of dead ones.  Whether a noted message
-killed its worker or was only being decoded when somebody else did is tried out: it is decoded in a process of its own.
-If that dies too, the message is a dead letter, and the verdict is kept beside the notes.  See ADR 15.
+Before a worker decodes messages, it notes them in a small memory-mapped file, which survives the process however it
+dies; afterwards it clears the note.  A worker that starts finds the notes of dead workers.  A noted message may have
+killed its worker, or something else did while it was decoded.  So the message is decoded again in a process of its own.
+If that process dies too, the message becomes a dead letter, and the verdict is stored beside the notes.  See ADR 15.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from pathlib import Path
 from transforms.streaming.messages import Message, by_partition
 
 log = logging.getLogger("millrace.live")
-# Bytes of a note, and of memory that the trial of a message may take beyond what the process has mapped.
+# Bytes of a note, and bytes of memory that the trial of a message may take in addition to those that the process has
+# mapped.
 NOTE_BYTES, TRIAL_MEMORY = 1 << 16, 4 << 30
-# Seconds that a trial may take, start-up included.
+# Seconds that a trial may take, including its start.
 TRIAL_SECONDS = 120.0
 DONE = b"."
 _NOTES, _SUSPECTS, _VERDICTS, _LOCK = "note-", "suspect-", "verdicts", "lock"
@@ -42,8 +43,9 @@ def guard_folder(store: str, job: str) -> str:
     """The folder of the notes of a job, on a disk of the machine of the worker.
 
     Args:
-        store: the folder of the tables; for one in an object store, the folder is a temporary one of the machine.
-        job: names the job among those of the store.
+        store: the folder of the tables; if it is in an object store, the notes are in a temporary folder of the
+            machine.
+        job: name of the job among those of the store.
     """
     if "://" not in store:
         return os.path.join(store, "crash_guard", job)
@@ -71,10 +73,10 @@ class Suspects:
 
 
 class CrashGuard:
-    """Notes what a worker decodes, and refuses what has killed one.
+    """Notes the messages that a worker decodes, and refuses those that have killed one.
 
     Args:
-        folder: of the notes (see `guard_folder`); None switches the guard off.
+        folder: the folder of the notes (see `guard_folder`); None switches the guard off.
         decode: decodes one message; a function that can be pickled.
     """
 
@@ -93,17 +95,19 @@ class CrashGuard:
 
     def _open(self, folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():  # whose names are known could be made by others in a temporary folder
+        if folder.stat().st_uid != os.getuid():  # in a temporary folder, other users could create files of known names
             raise PermissionError(f"{folder} belongs to another user")
         self.folder = folder
         with open(
             folder / _LOCK, "a"
-        ) as lock:  # so that nobody takes a note for that of a dead worker before it is locked
+        ) as lock:  # so that no other worker takes it for the note of a dead worker before it is locked
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._read_notes()
             self.path = folder / f"{_NOTES}{uuid.uuid4().hex}"
             with open(self.path, "w+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # while the worker lives: the memory keeps the file open
+                fcntl.flock(
+                    file, fcntl.LOCK_EX
+                )  # held while the worker lives, since the memory map keeps the file open
                 file.truncate(NOTE_BYTES)
                 self.note = mmap.mmap(file.fileno(), NOTE_BYTES)
 
@@ -127,7 +131,7 @@ class CrashGuard:
 
     @contextlib.contextmanager
     def decoding(self, messages: Sequence[Message]) -> Iterator[list[Message]]:
-        """Notes the messages while they are decoded; gives them, with a reason in those that are refused."""
+        """Notes the messages while they are decoded; yields them, with a reason in those that are refused."""
         checked = [self._checked(each) for each in messages] if self.suspects or self.verdicts else list(messages)
         if self.note is None:
             yield checked
@@ -175,13 +179,14 @@ class CrashGuard:
 
 
 def _name(message: Message) -> str:
-    """Where a message is, with a digest of it: a topic that is made again has other messages at the same offsets."""
+    """The position of a message, and its digest: a topic that was created again has other messages at the same
+    offsets."""
     digest = hashlib.sha256(b"%d %b" % (len(message.key or b""), (message.key or b"") + message.value)).hexdigest()
     return f"{message.topic}/{message.partition}@{message.offset} {digest}"
 
 
 class DecodingAttempt:
-    """A process that decodes messages, so that this one does not die of them.  It is started when it is needed.
+    """A process that decodes messages, so that they cannot kill this one.  It is started when it is needed.
 
     Args:
         decode: decodes one message.
@@ -192,7 +197,7 @@ class DecodingAttempt:
         self.child: subprocess.Popen[bytes] | None = None
 
     def death(self, message: Message) -> str:
-        """How the process died of the message; nothing if it did not, or could not be started."""
+        """How the message killed the process; empty if it did not, or if the process could not be started."""
         place = f"{message.topic}/{message.partition}@{message.offset}"
         log.warning("%s was being decoded when a worker died: trying it in a process of its own", place)
         try:
@@ -234,11 +239,11 @@ class DecodingAttempt:
     def _send(self, value: object) -> None:
         assert self.child is not None
         assert self.child.stdin is not None
-        pickle.dump(value, self.child.stdin)  # read by `main` alone, from this process
+        pickle.dump(value, self.child.stdin)  # only `main` reads it, and only this process writes it
         self.child.stdin.flush()
 
     def _reply(self) -> bytes | None:
-        """A byte; none if the process ended, None if it takes too long."""
+        """A byte; empty if the process ended, None if it takes too long."""
         assert self.child is not None
         assert self.child.stdout is not None
         ready, _, _ = select.select([self.child.stdout], [], [], TRIAL_SECONDS)
@@ -256,9 +261,9 @@ class DecodingAttempt:
 
 
 def main() -> int:
-    """Decodes messages from standard input, each after the other: the process of a trial."""
+    """Decodes messages from standard input, one after another: the process of a trial."""
     replies = os.dup(1)
-    os.dup2(2, 1)  # what is printed is no reply
+    os.dup2(2, 1)  # printed text must not be taken for a reply
     decode = pickle.load(sys.stdin.buffer)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -1,7 +1,7 @@
-"""Epochs: a launch of a live job takes the tables of its store over from all launches before it.
+"""Epochs: each launch of a live job takes over the tables of its store from all earlier launches.
 
-A launcher may be killed while its job runs on in another process, and the job is started again.  Both would then commit
-to the same tables, and the older one might record offsets from before those that the newer one has recorded.  So each
+A launcher may be killed while its job continues in another process, and the job may be started again.  Then both would
+commit to the same tables, and the older one might record earlier offsets than the newer one has recorded.  So each
 launch begins with an empty commit on every table that it writes, which records its epoch, and no launch commits to a
 table that records a later one (see `live_tables.Writer`).
 
@@ -19,12 +19,12 @@ from deltalake import DeltaTable
 from schemas.errors import ConflictError
 from schemas.views import FeatureView
 from transforms.storage.delta_tables import COMMIT_ATTEMPTS, CommittedMeanwhile, open_table, retry_commits
-from transforms.streaming.live_tables import Writer, last_commit_record, writers_of
+from transforms.streaming.live_tables import TableWriter, last_commit_record, writers_of
 from transforms.streaming.progress import NO_EPOCH, Epoch
 
 
 def take_epoch(view: FeatureView, store: str, run_id: str) -> Epoch:
-    """Takes the tables of a features job over.  From now on no earlier launch commits to them.
+    """Takes over the tables of a features job.  From now on, no earlier launch commits to them.
 
     Args:
         view: the view of the job.
@@ -35,7 +35,7 @@ def take_epoch(view: FeatureView, store: str, run_id: str) -> Epoch:
         The epoch of this launch.
 
     Raises:
-        ConflictError: other launches do so at the same time, again and again.
+        ConflictError: other launches keep doing the same at the same time.
         StoreError: the store cannot be written.
     """
     number, exhausted = 0, ConflictError("A live job is started once", store, "Are several launches starting it?")
@@ -49,7 +49,7 @@ def take_epoch(view: FeatureView, store: str, run_id: str) -> Epoch:
     raise exhausted
 
 
-def _take(writer: Writer, exhausted: ConflictError) -> bool:
+def _take(writer: TableWriter, exhausted: ConflictError) -> bool:
     """Records the epoch in a table, if there is one.  Returns False if another launch has taken this or a later one."""
 
     def attempt(table: DeltaTable | None) -> bool:

@@ -1,7 +1,7 @@
 """Fates: which of a live job's accepted rows count, as a function of the rows below a cut (ADR 16).
 
-`KnownOrder` decides what a repeat is.  The journal uses it as rows come.  Recovery and parity decide anew, by
-`repeated_from`, from the accepted rows alone.
+`KnownOrder` decides what a repeat is.  The journal applies it to rows as they arrive.  Recovery and parity decide
+again, by `repeated_from`, from the accepted rows alone.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import polars as pl
 
 from schemas.live import repeats_by
 from schemas.views import FeatureView, lifetime_sources
-from transforms.sources.repeats import NEVER, Ints, KnownOrder
-from transforms.streaming.beginnings import HISTORY
+from transforms.sources.repeats import NEVER_REPEATED, Ints, KnownOrder
+from transforms.streaming.beginnings import HISTORY_PARTITION
 from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
 # What a live job stores of the fates of rows: whether a row counted when it was accepted, the row that counted until
@@ -24,12 +24,12 @@ FATE_COLUMNS = ("__counted", "__instead", "__uncompared")
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class RepeatMemory:
     """For how long (µs) repeats of a source's rows are recognised.  It only grows.
 
     Args:
-        spans: each length with the next offset by partition from which on rows have it.  For two rows, that of the one
-            with the later span holds.
+        spans: each length, with the offset in each partition from which on rows have it.  For two rows, the length of
+            the later span applies.
     """
 
     spans: tuple[tuple[int, Mapping[int, int]], ...] = ()
@@ -38,11 +38,11 @@ class Memory:
     def length(self) -> int:
         return self.spans[-1][0] if self.spans else 0
 
-    def grown(self, length: int, offsets: Mapping[int, int]) -> Memory:
+    def grown(self, length: int, offsets: Mapping[int, int]) -> RepeatMemory:
         """This memory, of at least `length` for rows from `offsets` on."""
         if self.spans and length <= self.length:
             return self
-        return Memory((*self.spans, (length, dict(offsets) if self.spans else {})))
+        return RepeatMemory((*self.spans, (length, dict(offsets) if self.spans else {})))
 
     def span_of(self, rows: pl.DataFrame) -> Ints:
         """The number of each row's span; 0 for a row that was accepted before memory was recorded."""
@@ -60,17 +60,17 @@ class Memory:
         return [[length, {str(number): offset for number, offset in first.items()}] for length, first in self.spans]
 
     @classmethod
-    def of_json(cls, value: Sequence[tuple[int, Mapping[str, int]]]) -> Memory:
+    def of_json(cls, value: Sequence[tuple[int, Mapping[str, int]]]) -> RepeatMemory:
         return cls(tuple((int(length), {int(key): int(at) for key, at in first.items()}) for length, first in value))
 
 
 def least_memory(view: FeatureView, name: str, keep: int) -> int:
-    """The memory (µs) that a view needs of a source: twice the longest bounded window over it, or `keep` if there is
+    """The memory (µs) that a view needs for a source: twice the longest bounded window over it, or `keep` if there is
     none."""
     return 2 * view.reach(name) or keep
 
 
-def compared(view: FeatureView, name: str, memory: int) -> int:
+def comparison_span(view: FeatureView, name: str, memory: int) -> int:
     """For how long (µs) before the journal's horizon a new row is compared with others.  An older row counts."""
     return view.reach(name) + memory
 
@@ -79,9 +79,9 @@ def remembered(view: FeatureView, name: str, memory: int) -> int:
     """For how long (µs) before the journal's horizon rows are remembered, to find repeats.
 
     No bounded window reaches a row at the edge of what is compared.  A lifetime window does, so its fate must be right:
-    it may repeat one that is older by as much as `memory`.
+    it may repeat a row that is older by up to `memory`.
     """
-    return compared(view, name, memory) + (memory if name in lifetime_sources(view) else 0)
+    return comparison_span(view, name, memory) + (memory if name in lifetime_sources(view) else 0)
 
 
 def known_columns(view: FeatureView, name: str) -> list[str]:
@@ -94,8 +94,8 @@ def known_order(view: FeatureView, name: str) -> KnownOrder:
     return KnownOrder.of(view.events[name], repeats_by(view, name), known_columns(view, name), ORIGIN_COLUMNS)
 
 
-def repeated_from(order: KnownOrder, memory: Memory, rows: pl.DataFrame, shown: Ints, replaced: Ints) -> Ints:
-    """The number from which on each row no longer counts; `NEVER` if it always does.
+def repeated_from(order: KnownOrder, memory: RepeatMemory, rows: pl.DataFrame, shown: Ints, replaced: Ints) -> Ints:
+    """The number from which on each row no longer counts; `NEVER_REPEATED` if it always does.
 
     Args:
         order: of the source.
@@ -104,15 +104,15 @@ def repeated_from(order: KnownOrder, memory: Memory, rows: pl.DataFrame, shown: 
         shown: the number from which on each row is known, like the position of a cut.
         replaced: the number from which on each row that was accepted before memory was recorded is replaced.
 
-    Of two such rows, and of two rows of history, it is stored which one counts.  All others are compared.
+    For two such rows, and for two rows of history, it is stored which one counts.  All others are compared.
     """
-    history = (rows["__partition"] == HISTORY).to_numpy()
+    history = (rows["__partition"] == HISTORY_PARTITION).to_numpy()
     alone = rows["__uncompared"].fill_null(False).to_numpy()
     counted = rows["__counted"].fill_null(True).to_numpy()
     span = memory.span_of(rows)
-    result = np.where(span == 0, replaced, NEVER)
+    result = np.where(span == 0, replaced, NEVER_REPEATED)
     result[((span == 0) | history) & ~counted] = 0
-    shown = np.where(alone, NEVER, shown)
+    shown = np.where(alone, NEVER_REPEATED, shown)
     for number, (length, _) in enumerate(memory.spans, 1):
         new = span == number
         for mine, others in (
@@ -123,6 +123,6 @@ def repeated_from(order: KnownOrder, memory: Memory, rows: pl.DataFrame, shown: 
         ):
             mine = mine & ~alone
             if mine.any() and others.any():
-                found = order.repeated_from(rows, np.where(others, shown, NEVER), length)
+                found = order.repeated_from(rows, np.where(others, shown, NEVER_REPEATED), length)
                 result[mine] = np.minimum(result[mine], found[mine])
     return result

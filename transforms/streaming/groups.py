@@ -12,8 +12,8 @@ from schemas.expressions import columns_of, dtype_of
 from schemas.feature_groups import GroupKey, column_names, group_key, window_lengths
 from schemas.features import Derived, Latest, Lookup, Trailing
 from schemas.views import FeatureView, lifetime_sources
-from transforms.features.kernel import looked_up, with_derived
-from transforms.streaming.fates import compared
+from transforms.features.kernel import lookup_columns, with_derived
+from transforms.streaming.fates import comparison_span
 from transforms.streaming.lifetime_store import Kind, by_kind
 
 
@@ -26,8 +26,8 @@ class Group:
         keys: pairs of a column of the spine and a column of the source.
         features: Trailing and Latest.
         reach: the longest bounded window, µs; 0 for lifetime windows.
-        kind: what is kept of evicted events: "none" for bounded windows.  Of any other kind, the features have one
-            condition.
+        kind: what is kept of evicted events: "none" for bounded windows.  The features of a group of another kind have
+            the same condition.
     """
 
     source: str
@@ -50,7 +50,7 @@ class Group:
         return [name for feature in self.features for name in column_names(feature)]
 
 
-def groups_of(view: FeatureView) -> tuple[Group, ...]:
+def shard_groups(view: FeatureView) -> tuple[Group, ...]:
     """The view's groups.
 
     Raises:
@@ -72,16 +72,16 @@ def groups_of(view: FeatureView) -> tuple[Group, ...]:
 
 
 def held_back(view: FeatureView, source: str, memory: int) -> int:
-    """For how long (µs) before the journal's horizon shards hold the events of a source as they are.
+    """For how long (µs) before the journal's horizon shards hold the events of a source uncompacted.
 
     A compacted event cannot be retracted, so it is held until no new one is compared with it any more.
 
     Args:
         view: the view.
         source: name of the source.
-        memory: for how long (µs) repeats of its events are recognised; 0 if it has none.
+        memory: for how long (µs) repeats of its events are recognised; 0 if the source has none.
     """
-    return compared(view, source, memory) if source in lifetime_sources(view) else view.reach(source)
+    return comparison_span(view, source, memory) if source in lifetime_sources(view) else view.reach(source)
 
 
 def _lengths(features: Sequence[Trailing | Latest]) -> list[int]:
@@ -94,8 +94,8 @@ class GroupKeys:
 
     Args:
         view: the view.
-        steps: the features that give keys, or columns that these are made of, in order.  A Derived has these columns
-            alone.
+        steps: the features that compute keys, or columns from which keys are computed, in order.  A Derived has only
+            these columns.
     """
 
     view: FeatureView
@@ -135,7 +135,7 @@ class GroupKeys:
 
     @property
     def dimensions(self) -> tuple[str, ...]:
-        """The dimensions that give keys: a spine row is looked up in them before it is routed."""
+        """The dimensions that contain keys: a spine row is looked up in them before it is routed."""
         return tuple(dict.fromkeys(each.source.name for each in self.steps if isinstance(each, Lookup)))
 
     def added_to(self, spine_rows: pl.DataFrame, dimensions: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
@@ -149,12 +149,12 @@ class GroupKeys:
             if isinstance(step, Derived):
                 spine_rows = with_derived(self.view, step, spine_rows)
             else:
-                spine_rows = spine_rows.with_columns(looked_up(step, spine_rows, dimensions[step.source.name]))
+                spine_rows = spine_rows.with_columns(lookup_columns(step, spine_rows, dimensions[step.source.name]))
         return spine_rows
 
 
 def _read_by(feature: Derived | Lookup) -> dict[str, Sequence[str]]:
-    """The columns of a feature, each with those that it is made of."""
+    """The columns of a feature, each with the columns from which it is computed."""
     if isinstance(feature, Derived):
         return {name: columns_of(expr) for name, expr in feature.columns.items()}
     keys = tuple(spine for spine, _ in feature.keys)
@@ -162,7 +162,7 @@ def _read_by(feature: Derived | Lookup) -> dict[str, Sequence[str]]:
 
 
 def _same_values(view: FeatureView, feature: Derived | Lookup, name: str) -> bool:
-    """Whether a Derived with the name of a spine's column, which it hides from those below it, has the same values."""
+    """Whether a Derived column that hides a column of the spine from the features below it has the same values."""
     assert isinstance(feature, Derived)
     before, after = view.spine.schema[name], dtype_of(feature.columns[name], view.spine.schema, name)
     if before.is_integer():
@@ -171,7 +171,7 @@ def _same_values(view: FeatureView, feature: Derived | Lookup, name: str) -> boo
 
 
 def _steps(view: FeatureView, names: Set[str]) -> Iterator[Derived | Lookup]:
-    """The features that make these columns, in order; of a Derived those columns alone."""
+    """The features that compute these columns, in order; a Derived is reduced to these columns."""
     for feature in view.features:
         if isinstance(feature, Derived):
             if some := {name: expr for name, expr in feature.columns.items() if name in names}:

@@ -16,20 +16,26 @@ import polars as pl
 import pyarrow as pa
 
 from schemas.errors import DataError, DefinitionError, StoreError
-from schemas.live import accepted, repeats_by, sources_of
+from schemas.live import accepted, live_sources, repeats_by
 from schemas.views import FeatureView, lifetime_sources
 from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, FOREVER, day_of, now_us
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
-from transforms.sources.inventory import HAS_FILES, files_of
-from transforms.sources.listing import unchanged
+from transforms.sources.inventory import HAS_FILES, source_files
+from transforms.sources.listing import require_unchanged
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file, write_files
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
-from transforms.streaming.beginnings import HISTORY, Beginning, Beginnings, LoadedHistory
+from transforms.streaming.beginnings import HISTORY_PARTITION, Beginning, Beginnings, LoadedHistory
 from transforms.streaming.completeness import SourceCompleteness
-from transforms.streaming.fates import Memory, compared, least_memory
+from transforms.streaming.fates import RepeatMemory, comparison_span, least_memory
 from transforms.streaming.history_files import HistoryFiles
-from transforms.streaming.live_tables import NewDeadLetters, Writer, application_of, last_commit_record, source_record
+from transforms.streaming.live_tables import (
+    NewDeadLetters,
+    TableWriter,
+    application_of,
+    last_commit_record,
+    source_record,
+)
 from transforms.streaming.progress import CommitRecord
 
 log = logging.getLogger("millrace.live")
@@ -39,7 +45,7 @@ Records = Mapping[str, CommitRecord | None]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Handover:
-    """The history of a job, and how its store gets it.
+    """The history of a job, and how it gets into the store.
 
     Args:
         view: the view.
@@ -48,7 +54,7 @@ class Handover:
         start: the job's --start, µs.
         keep: for how long (µs) after the watermark of the spine features are still computed for late spine rows.
         without: whether the job starts without history.
-        sent: the job is sent every row from this time on (µs; ALWAYS: all rows); None: the rows of a topic.
+        sent: the time (µs) from which on the job is sent every row (ALWAYS: all rows); None: the rows of a topic.
         run_id: prefix of file names.
     """
 
@@ -68,7 +74,7 @@ class Handover:
             DefinitionError: a source has no history, and the job does not start without.
             StoreError: the table of a source in the live store was not written by a live job.
         """
-        fresh = [name for name in sources_of(self.view) if checked_record(self.view, self.store, name) is None]
+        fresh = [name for name in live_sources(self.view) if checked_record(self.view, self.store, name) is None]
         if self.without or self.sent == ALWAYS:
             return
         missing = [name for name in self.view.events if name in fresh and not self._present(name)]
@@ -89,14 +95,14 @@ class Handover:
         """Accepts the rows of history that the job needs and the store does not have.
 
         Returns:
-            From when on the store has the rows of each source.
+            The times from which the store has the rows of each source.
 
         Raises:
             DefinitionError, StoreError: see `check`.
         """
         self.check()
-        records = {name: checked_record(self.view, self.store, name) for name in sources_of(self.view)}
-        known = recorded(self.view, self.store, records)
+        records = {name: checked_record(self.view, self.store, name) for name in live_sources(self.view)}
+        known = recorded_beginnings(self.view, self.store, records)
         fresh = [name for name in records if name not in known.sources]
         if self.without or self.sent == ALWAYS:
             start = ALWAYS if self.sent == ALWAYS else self.start
@@ -118,7 +124,7 @@ class Handover:
         if self.root is None:
             return False
         try:
-            files_of(self.root, sources_of(self.view)[name])
+            source_files(self.root, live_sources(self.view)[name])
         except DataError as error:
             if error.rule.endswith(HAS_FILES):
                 return False
@@ -131,10 +137,10 @@ class Handover:
         """Accepts the history of sources that the store has no rows of, and earlier history that a view now needs.
 
         Args:
-            known: the beginnings of the sources that the store has rows of.
-            records: by source.
+            known: the beginnings of the sources of which the store has rows.
+            records: the records by source.
             given: the files by source.
-            fresh: sources that the store has no rows of.
+            fresh: sources of which the store has no rows.
         """
         starts = {name: min(files.end, FOREVER if self.start is None else self.start) for name, files in given.items()}
         horizon = known.horizon if known.sources else self._first_horizon(starts)
@@ -168,9 +174,9 @@ class Handover:
         return moment - self.keep if moment > ALWAYS else ALWAYS
 
     def _horizon_now(self, record: CommitRecord | None, horizon: int) -> int:
-        """The horizon after what the spine's table records: no features are computed for spine rows before it.
+        """The horizon by the record of the spine's table: no features are computed for spine rows before it.
 
-        For another definition of the view they are computed again for all spine rows.
+        For another definition of the view, features are computed again for all spine rows.
         """
         view, store = self.view, self.store
         watermark = ALWAYS if record is None else record.watermark_of(view.spine.name)
@@ -183,19 +189,19 @@ class Handover:
         return max(horizon, min(watermark - self.keep, oldest))
 
     def _low(self, name: str, horizon: int, record: CommitRecord | None) -> int:
-        """From when on (µs) a source's rows are needed, by windows of spine rows from `horizon` on or to find
+        """The time (µs) from which a source's rows are needed, by windows of spine rows from `horizon` on, or to find
         repeats."""
         if name in lifetime_sources(self.view) or horizon == ALWAYS:
             return ALWAYS
         if not repeats_by(self.view, name):
             return horizon - self.view.reach(name)
-        return horizon - compared(self.view, name, self._memory(name, record).length)
+        return horizon - comparison_span(self.view, name, self._memory(name, record).length)
 
-    def _memory(self, name: str, record: CommitRecord | None) -> Memory:
-        """The memory of a source with repeats, after the record of the newest commit of its table."""
+    def _memory(self, name: str, record: CommitRecord | None) -> RepeatMemory:
+        """The memory of a source with repeats, by the record of the newest commit of its table."""
         before = CommitRecord() if record is None else record
         least = least_memory(self.view, name, self.keep)
-        return before.memory.get(name, Memory()).grown(least, before.next_of(name))
+        return before.memory.get(name, RepeatMemory()).grown(least, before.next_of(name))
 
     def _accept(
         self,
@@ -217,7 +223,7 @@ class Handover:
             before: the record of the last commit of the source's table; None if there is none.
         """
         uri = source_uri(sources_root(self.store), name)
-        writer = Writer(uri, accepted(self.view, name), application_of(name), self.run_id)
+        writer = TableWriter(uri, accepted(self.view, name), application_of(name), self.run_id)
         table = open_table(uri)
         first = beginning.next
         written, offset = self._write_rows(name, files, span, writer, first)
@@ -241,7 +247,7 @@ class Handover:
         return found
 
     def _write_rows(
-        self, name: str, files: HistoryFiles, span: tuple[int, int], writer: Writer, offset: int
+        self, name: str, files: HistoryFiles, span: tuple[int, int], writer: TableWriter, offset: int
     ) -> tuple[list[tuple[DataFile, dict[str, str]]], int]:
         """Writes the rows of a source in `span` to files and its dead letters to their table; commits no row.
 
@@ -260,14 +266,14 @@ class Handover:
                 rows = _placed(rows, offset, writer.schema)
                 offset += len(rows)
                 written += write_files(batch(rows, writer.schema), writer.uri, self.run_id)
-        unchanged(written, files.listings)
+        require_unchanged(written, files.listings)
         if dead_letters:
             self._write_dead_letters(pl.concat(dead_letters))
         return written, offset
 
     def _write_dead_letters(self, dead_letters: pl.DataFrame) -> None:
         uri, name = live_dead_letters_uri(self.store, self.view.name), self.view.name
-        writer = Writer(uri, LIVE_DEAD_LETTERS, application_of(f"{name}/letters"), self.run_id)
+        writer = TableWriter(uri, LIVE_DEAD_LETTERS, application_of(f"{name}/letters"), self.run_id)
         now = pl.lit(now_us(), pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
         dead_letters = dead_letters.with_columns(
             pl.lit(name).alias("view"), now.alias("arrived"), now.dt.date().alias("date")
@@ -281,7 +287,7 @@ def _record(before: CommitRecord | None, name: str, found: Beginnings) -> Commit
     record = CommitRecord(horizon=found.horizon) if before is None else before
     offsets = dict(record.next_of(name))
     if beginning := found.of(name).next:
-        offsets[HISTORY] = beginning
+        offsets[HISTORY_PARTITION] = beginning
     return dataclasses.replace(
         record,
         next={**record.next, name: offsets},
@@ -291,7 +297,7 @@ def _record(before: CommitRecord | None, name: str, found: Beginnings) -> Commit
     )
 
 
-def recorded(view: FeatureView, store: str, records: Records) -> Beginnings:
+def recorded_beginnings(view: FeatureView, store: str, records: Records) -> Beginnings:
     """The beginnings that the tables of sources record.
 
     The tables of a job that did not record them began with their first row.
@@ -325,7 +331,7 @@ def checked_record(view: FeatureView, store: str, name: str) -> CommitRecord | N
 
 def _first_row(view: FeatureView, store: str, name: str) -> int:
     """The time (µs) of the first row that was accepted from a source's topic; FOREVER if there is none."""
-    table, time = open_table(source_uri(sources_root(store), name)), str(sources_of(view)[name].time)
+    table, time = open_table(source_uri(sources_root(store), name)), str(live_sources(view)[name].time)
     for _, files in itertools.groupby([] if table is None else data_files(table), lambda each: each.date):
         rows = pl.concat([pl.DataFrame(pl.from_arrow(read_file(each, [time, "__partition"]))) for each in files])
         first = rows.filter(pl.col("__partition") >= 0)[time].to_physical().min()
@@ -338,7 +344,7 @@ def _placed(rows: pl.DataFrame, offset: int, schema: pa.Schema) -> pl.DataFrame:
     """Rows as the table of accepted rows has them, with offsets of partition −1 from `offset` on."""
     time = next(iter(rows.columns))
     return rows.with_columns(
-        pl.lit(HISTORY, pl.Int32).alias("__partition"),
+        pl.lit(HISTORY_PARTITION, pl.Int32).alias("__partition"),
         pl.int_range(offset, offset + pl.len(), dtype=pl.Int64).alias("__offset"),
         pl.lit(0, pl.Int32).alias("__place"),
         pl.lit(now_us(), pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC").alias("__arrived"),

@@ -11,22 +11,29 @@ import numpy as np
 import polars as pl
 
 from schemas.errors import ContractError
-from schemas.live import repeats_by, sources_of
+from schemas.live import live_sources, repeats_by
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.features.block_inputs import distinct, joined
+from transforms.features.block_inputs import concat_reads, distinct_by_key
 from transforms.records.times import ALWAYS, day_number, days_in, midnight, now_us
 from transforms.sources.contracts import Contract
 from transforms.sources.dead_letters import as_message_dead_letters
-from transforms.sources.inventory import files_of, spine_contract, survey_files, version_of
+from transforms.sources.inventory import source_files, spine_contract, survey_files, version_of
 from transforms.sources.listing import Listing
-from transforms.sources.reader import CHUNK_ROWS, ReadOptions, Repeats, repeats_of, stream_slices, without_repeats
+from transforms.sources.reader import (
+    READ_CHUNK_ROWS,
+    ReadOptions,
+    RepeatedKeys,
+    repeats_of,
+    stream_slices,
+    without_repeats,
+)
 from transforms.sources.slices import Slice
 from transforms.storage.paths import place_of
-from transforms.streaming.beginnings import HISTORY
+from transforms.streaming.beginnings import HISTORY_PARTITION
 
 
-class Piece(NamedTuple):
+class HistoryPiece(NamedTuple):
     """Rows of some days.
 
     Args:
@@ -45,10 +52,10 @@ class HistoryFiles:
     Args:
         view: the view.
         source: the source.
-        contract: of its rows.
+        contract: the contract of its rows.
         slices: its row groups.
-        version: of the source: a Delta table's version, or a digest of its files.
-        listings: the files as they were listed; none of a Delta table.
+        version: version of the source: a Delta table's version, or a digest of its files.
+        listings: the files as they were listed; empty for a Delta table.
     """
 
     view: FeatureView
@@ -61,7 +68,7 @@ class HistoryFiles:
     @classmethod
     def of(cls, view: FeatureView, root: str, name: str) -> HistoryFiles:
         """The files of the source `name` under the folder `root`."""
-        source = sources_of(view)[name]
+        source = live_sources(view)[name]
         if source is view.spine:
             contract = spine_contract(view, now_us())
         else:
@@ -79,21 +86,21 @@ class HistoryFiles:
 
     @property
     def end(self) -> int:
-        """The time after its last plausible one, µs; ALWAYS if there is none."""
+        """The µs after its last plausible time; ALWAYS if there is none."""
         inside = [each.high for each in self.slices if self.contract.earliest <= each.high < self.contract.latest]
         return max(inside) + 1 if inside else ALWAYS
 
-    def pieces(self, low: int, high: int) -> Iterator[Piece]:
+    def pieces(self, low: int, high: int) -> Iterator[HistoryPiece]:
         """The rows that were known in `[low, high)` µs, some days at a time, in order."""
         repeats = repeats_of(self.contract, self.slices) if self.source.unique else None
         for begin, end in self._spans(low, high):
             some = [each for each in self.slices if each.high >= begin and each.low < end]
             own = (ALWAYS if begin == low and low <= self.contract.earliest else begin, end)
-            read = joined(stream_slices(self.contract, some, ReadOptions(begin, end, own=own)))
-            yield Piece(self._counted(read.frame, repeats), self._dead_letters(read.dead_letters))
+            read = concat_reads(stream_slices(self.contract, some, ReadOptions(begin, end, own=own)))
+            yield HistoryPiece(self._counted(read.frame, repeats), self._dead_letters(read.dead_letters))
 
     def _spans(self, low: int, high: int) -> Iterator[tuple[int, int]]:
-        """Parts of `[low, high)` that begin and end between days and have at most `CHUNK_ROWS` rows, or are one day."""
+        """Parts of `[low, high)` that begin and end between days: of at most `READ_CHUNK_ROWS` rows, or one day."""
         floor = day_number(max(low, self.contract.earliest))
         days = np.zeros(max(days_in(high) - floor, 0) + 1)
         for each in self.slices:  # it is assumed that its rows are spread evenly
@@ -105,13 +112,13 @@ class HistoryFiles:
                 days[last] -= share
         begin, rows = low, 0.0
         for number, more in enumerate(np.cumsum(days)[:-1].tolist()):
-            if rows and rows + more > CHUNK_ROWS:
+            if rows and rows + more > READ_CHUNK_ROWS:
                 yield begin, midnight(floor + number)
                 begin, rows = midnight(floor + number), 0.0
             rows += more
         yield begin, high
 
-    def _counted(self, rows: pl.DataFrame, repeats: Repeats | None) -> pl.DataFrame:
+    def _counted(self, rows: pl.DataFrame, repeats: RepeatedKeys | None) -> pl.DataFrame:
         """Rows in order; for a source with `unique`, whether each counts."""
         source, time = self.source, str(self.source.time)
         rows = rows.with_columns(
@@ -123,7 +130,7 @@ class HistoryFiles:
             return rows
         numbered = rows.with_row_index("__number")
         if source is self.view.spine:
-            kept = distinct(numbered.select(*source.schema, "__number"), [*by])[0]
+            kept = distinct_by_key(numbered.select(*source.schema, "__number"), [*by])[0]
         else:
             checked = numbered.select(*self.view.columns_held(source.name), "__number")
             kept = without_repeats(source, checked, None if repeats is None else repeats.first)
@@ -134,7 +141,9 @@ class HistoryFiles:
         ).drop("__number")
 
     def _dead_letters(self, dead_letters: pl.DataFrame) -> pl.DataFrame:
-        return as_message_dead_letters(dead_letters, HISTORY, (each.path for each in self.slices), self.version)
+        return as_message_dead_letters(
+            dead_letters, HISTORY_PARTITION, (each.path for each in self.slices), self.version
+        )
 
 
 def _version_text(root: str, source: Source, version: int | None, slices: Sequence[Slice]) -> str:
@@ -143,5 +152,5 @@ def _version_text(root: str, source: Source, version: int | None, slices: Sequen
         return f"version {version}"
     stamps = {each.path: each.stamp for each in slices}
     folder = len(place_of(root, source))
-    listed = [f"{path[folder:]} {stamps.get(path, '')}" for path in files_of(root, source)]
+    listed = [f"{path[folder:]} {stamps.get(path, '')}" for path in source_files(root, source)]
     return f"files {hashlib.sha256(chr(10).join(listed).encode()).hexdigest()[:16]}"

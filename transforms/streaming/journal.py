@@ -1,4 +1,4 @@
-"""The journal: one order for everything that arrives, and the decision which spine rows can be computed when.
+"""The journal: puts everything that arrives into one order, and decides when each spine row can be computed.
 
 Micro-batches of all partitions arrive here.  In *turns* the journal admits them in order of offsets, drops repeats,
 advances the completeness watermark, and sends the spine rows whose sources are complete to the shards.  Turns are
@@ -23,11 +23,11 @@ from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.beginnings import BEFORE_START, Beginnings
 from transforms.streaming.completeness import Completeness, CompletenessRule, SourceCompleteness
-from transforms.streaming.fates import Memory, known_columns, least_memory, remembered
-from transforms.streaming.groups import GroupKeys, groups_of, held_back
+from transforms.streaming.fates import RepeatMemory, known_columns, least_memory, remembered
+from transforms.streaming.groups import GroupKeys, held_back, shard_groups
 from transforms.streaming.live_dimensions import Dimensions
-from transforms.streaming.messages import ORIGIN
-from transforms.streaming.micro_batches import MicroBatch, NextAvailable, in_order, no_topic
+from transforms.streaming.messages import ORIGIN_TYPES
+from transforms.streaming.micro_batches import MicroBatch, NextAvailable, admissible, no_topic
 from transforms.streaming.pending_spine_rows import PendingSpineRows
 from transforms.streaming.progress import (
     CommitRecord,
@@ -44,7 +44,7 @@ from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, cut_text, row_i
 from transforms.streaming.step_messages import ReadySpineRows, ShardInput, TurnEntry
 from transforms.streaming.time_buckets import TimeBuckets, size_of
 
-# All shards get an input at least every so many turns, with the horizon up to which they evict.
+# Every shard gets an input at least every so many turns, with the horizon up to which it evicts rows.
 HORIZON_EVERY = 16
 _NO_DEAD_LETTERS = pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)
 Key = TypeVar("Key", int, str)
@@ -55,7 +55,7 @@ class Turn:
     """The output of a turn.
 
     Args:
-        number: of the turn.
+        number: number of the turn.
         shards: the inputs of the shards, by their number.
         spine_rows: the spine rows to compute, for the assembly; None if there are none.
         entry: what the turn accepted, for the tables.
@@ -74,12 +74,12 @@ class JournalCheckpoint:
     Args:
         turn: number of the last turn.
         began: number of the first turn of this launch.
-        sent: number of inputs that each shard has got.
-        completeness: by source.
+        sent: number of inputs that were sent to each shard.
+        completeness: the state of completeness, by source.
         horizon: µs; see `Journal.advance`.
-        counts: by source and by what became of the rows.
+        counts: counts of rows by source and by what became of them.
         next: next offset by source and partition.
-        beginnings: from when on the store has the rows of each source.
+        beginnings: the times from which the store has the rows of each source.
         first: µs of the first rows of each partition, by source, while the beginning of the source is not known.
         memory: for how long repeats are recognised, by source with `unique`.
     """
@@ -93,7 +93,7 @@ class JournalCheckpoint:
     next: Mapping[str, Mapping[int, int]]
     beginnings: Beginnings
     first: Mapping[str, Mapping[int, int]]
-    memory: Mapping[str, Memory] = dataclasses.field(default_factory=dict)
+    memory: Mapping[str, RepeatMemory] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> Head:
         return {
@@ -138,9 +138,9 @@ class Journal:
     def __init__(self, view: FeatureView, shards: int, keep: int) -> None:
         self.view, self.shards, self.keep = view, shards, keep
         self.next_available: NextAvailable = no_topic
-        self.groups, self.lifetime = groups_of(view), lifetime_sources(view)
+        self.groups, self.lifetime = shard_groups(view), lifetime_sources(view)
         self.keys = GroupKeys.of(view)
-        self.dimensions: Dimensions | None = None  # needed if some key comes from a Lookup
+        self.dimensions: Dimensions | None = None  # it is needed if some key comes from a Lookup
         self.sources: dict[str, Source] = {view.spine.name: view.spine, **view.events}
         self.completeness = Completeness({name: CompletenessRule.of(source) for name, source in self.sources.items()})
         self.turn_number, self.began = 0, 1
@@ -152,7 +152,7 @@ class Journal:
         self.counts: dict[str, dict[str, int]] = {name: {} for name in self.sources}
         self.spine_rows = PendingSpineRows(view, keep, self._count)
         self.repeats = {name: RepeatFinder(view, name, 0) for name in view.events if repeats_by(view, name)}
-        self.memory: dict[str, Memory] = {}
+        self.memory: dict[str, RepeatMemory] = {}
         self.remember({}, {})
 
     # -- state to checkpoint -------------------------------------------------------------------------------------
@@ -185,16 +185,16 @@ class Journal:
         self.beginnings, self.first = checkpoint.beginnings, _copied(checkpoint.first)
         self.remember(checkpoint.memory, self.next)
 
-    def remember(self, recorded: Mapping[str, Memory], offsets: Mapping[str, Mapping[int, int]]) -> None:
+    def remember(self, recorded: Mapping[str, RepeatMemory], offsets: Mapping[str, Mapping[int, int]]) -> None:
         """Recognises repeats for as long as the view needs, and at least for as long as before.
 
         Args:
-            recorded: the memory of jobs before, by source.
+            recorded: the memory of earlier jobs, by source.
             offsets: next offset by source and partition: from there on rows have a longer memory.
         """
         for name, each in self.repeats.items():
             least = least_memory(self.view, name, self.keep)
-            self.memory[name] = recorded.get(name, Memory()).grown(least, offsets.get(name, {}))
+            self.memory[name] = recorded.get(name, RepeatMemory()).grown(least, offsets.get(name, {}))
             each.memory = self.memory[name].length
 
     def held_back(self, name: str) -> int:
@@ -205,7 +205,7 @@ class Journal:
 
     def admit(self, inbox: Sequence[MicroBatch], now: int) -> tuple[list[MicroBatch], list[MicroBatch]]:
         """Micro-batches that are due, in order of offsets, and those that wait for an earlier one."""
-        return in_order(inbox, self.next, now, self._count, self.next_available)
+        return admissible(inbox, self.next, now, self._count, self.next_available)
 
     def turn(self, admitted: Sequence[MicroBatch], now: int) -> Turn:
         """Applies the `admit`ted micro-batches, decides which spine rows can be computed, and numbers the turn."""
@@ -244,7 +244,7 @@ class Journal:
     # -- the steps of a turn -------------------------------------------------------------------------------------
 
     def _accept(self, admitted: Sequence[MicroBatch], now: int) -> tuple[dict[str, pl.DataFrame], list[pl.DataFrame]]:
-        """Counts the rows of micro-batches and what their partitions promise.
+        """Counts the rows of micro-batches, and records the promises of their partitions.
 
         Returns:
             The accepted rows by source, and dead letters.
@@ -281,7 +281,7 @@ class Journal:
         )
 
     def _advance_partition(self, micro_batch: MicroBatch, fresh: pl.DataFrame, now: int) -> None:
-        """Records the next offset of a partition, and what it promises."""
+        """Records the next offset of a partition, and its promise."""
         source, partition = micro_batch.source, micro_batch.partition
         self.next[source][partition] = micro_batch.next
         self._count(source, "messages", micro_batch.messages)
@@ -301,7 +301,7 @@ class Journal:
             self.first.setdefault(micro_batch.source, {}).setdefault(micro_batch.partition, moment)
 
     def _find_beginning(self, name: str) -> None:
-        """Once all partitions of a source have sent something, records the time from which none of its rows is
+        """Once all partitions of a source have sent a message, records the time from which none of its rows is
         missing."""
         beginning, first = self.beginnings.of(name), self.first.get(name)
         if beginning.since == FOREVER and first and self.completeness.known(name) > ALWAYS:
@@ -311,9 +311,9 @@ class Journal:
             del self.first[name]
 
     def _since_start(self, name: str, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
-        """The rows of a topic that are not from before the start of its source, and dead letters for the others.
+        """The rows of a topic from the start of its source on, and dead letters for the others.
 
-        Without `unique` it cannot be found out whether history has the others too.
+        Without `unique`, it cannot be known whether history also has the others.
         """
         start = self.beginnings.of(name).start
         if start is None or repeats_by(self.view, name):
@@ -340,17 +340,12 @@ class Journal:
             self._count(name, "late", late)
         if name in self.repeats:
             columns = list(dict.fromkeys([*known_columns(self.view, name), *ORIGIN_COLUMNS]))
-            rows = rows.select(*columns, row_identity(rows))
+            rows = rows[columns].hstack([row_identity(rows)])
             distinct = self.repeats[name].deduplicate(rows, self.horizon)
             if self.sources[name] is not self.view.spine and distinct.repeated:  # spine rows are counted elsewhere
                 self._count(name, "repeated", distinct.repeated)
-            replaced = distinct.replaced.unique(RID, keep="first", maintain_order=True)  # a row can name only one
-            whole = whole.with_columns(
-                rows[RID].is_in(distinct.counted[RID].implode()).alias("__counted"),
-                rows.join(replaced, on=RID, how="left", maintain_order="left")["__instead"],
-                rows[RID].is_in(distinct.uncompared.implode()).alias("__uncompared"),
-            )
-            rows = distinct.counted.select(*self.view.columns_held(name), RID)
+            whole = whole.hstack(distinct.fates(rows[RID]))
+            rows = distinct.counted[[*self.view.columns_held(name), RID]]
             if len(distinct.replaced):
                 routing.add_replaced(name, distinct.replaced["__instead"].alias(RID))
         else:
@@ -361,7 +356,7 @@ class Journal:
         return whole
 
     def _route_old_events(self, name: str, rows: pl.DataFrame, routing: TurnRouting) -> pl.DataFrame:
-        """Sends events that shards no longer hold to be compacted, or counts them as beyond every window.
+        """Sends events that are too old for time buckets to be compacted, or counts them as outside every window.
 
         Returns:
             The other events.
@@ -379,7 +374,7 @@ class Journal:
     def _route_spine_rows(self, ready: pl.DataFrame, routing: TurnRouting) -> ReadySpineRows:
         """Sends spine rows that can be computed to the shards.  Returns them for the assembly.
 
-        Where keys come from dimensions, the assembly looks up in the same versions of these.
+        If keys come from dimensions, the assembly uses the same versions of the dimensions.
         """
         frames, versions = dict[str, pl.DataFrame](), None
         if self.keys.dimensions:
@@ -388,7 +383,7 @@ class Journal:
             frames, versions = self.dimensions.frames, dict(self.dimensions.versions)
         shards = routing.add_spine_rows(self.keys.added_to(ready, frames))
         cold = pl.Series("__cold", moments_of(ready, self.view.time) < self.beginnings.filled(self.view))
-        rows = ready[[*self.view.spine.schema, "row_id", "__late", *ORIGIN]].hstack([cold])
+        rows = ready[[*self.view.spine.schema, "row_id", "__late", *ORIGIN_TYPES]].hstack([cold])
         return ReadySpineRows(self.turn_number, shards, cut_text(self.next), rows, versions)
 
     def _output(
@@ -454,7 +449,7 @@ class Journal:
     def _oldest_allowed(self, watermark: int) -> int:
         """Spine rows before this time (µs) are too late to be computed; ALWAYS: none is.
 
-        It is later than `keep` gives if an earlier launch had a shorter one: the horizon never goes back.
+        It is later than `keep` requires if an earlier launch had a shorter `keep`, because the horizon never goes back.
         """
         return self.horizon if watermark == ALWAYS else max(watermark - self.keep, self.horizon)
 

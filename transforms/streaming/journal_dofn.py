@@ -48,7 +48,7 @@ class KeyState:
     """The state of the journal's key, as Beam passes it.
 
     Args:
-        head: the journal's checkpoint and when the step works next.
+        head: the journal's checkpoint, and the time of the next turn.
         bag: envelopes that wait.
         slots: the rows of the journal's stores, and of the shard's if it runs in the same step.
     """
@@ -66,7 +66,7 @@ class JournalState:
         journal: the journal.
         shard: the shard, if there is only one.
         inbox: micro-batches that are not admitted yet.
-        early: of a replay, envelopes that arrived before an earlier one, by their index.
+        early: in a replay, envelopes that arrived before an earlier one, by their index.
         counts: number of pieces of each slot.
     """
 
@@ -127,7 +127,7 @@ class JournalDoFn(beam.DoFn):
         self.save(key, state, held, stored, held.early.values())
 
     def held(self, key: bytes, state: Head, stored: KeyState, waiting: bool = True) -> JournalState:
-        """What is in memory, or the checkpoint.
+        """The state in memory, or else the checkpoint.
 
         Args:
             key: the key.
@@ -244,7 +244,7 @@ class TimedJournalDoFn(JournalDoFn):
             write_head(stored.head, state)
             return
         admitted, waiting = held.journal.admit(held.inbox, now)
-        over = bool(starts) and held.journal.last  # a job that had ended, and was killed before it reported so
+        over = bool(starts) and held.journal.last  # the job had ended, but was killed before it reported this
         if admitted or over or held.journal.answerable(now):
             yield from self.outputs(held, held.journal.turn(admitted, now))
         else:

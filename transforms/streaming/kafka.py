@@ -1,4 +1,4 @@
-"""Kafka topics: they are read through Beam's KafkaIO, and written and administered through Kafka's own client."""
+"""Kafka topics: read through Beam's KafkaIO, written and administered through Kafka's own client."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Broker:
         """A client of librdkafka with further properties.
 
         Raises:
-            StoreError: it refuses a property; its text has no secret.
+            StoreError: it refuses a property; the message contains no secret.
         """
         from confluent_kafka import KafkaException
 
@@ -112,7 +112,7 @@ class ReadTopics(beam.PTransform):
         )
         try:
             read = begin | "Read" >> step
-        except RuntimeError as error:  # of the expansion service, which may quote the properties
+        except RuntimeError as error:  # errors of the expansion service, which may quote the properties
             reason = (hidden(str(error), self.broker.java).splitlines() or ["no word"])[0][:500]
             fix = "See its log, and correct --expansion_service or --kafka_properties"
             raise StoreError("The expansion service makes KafkaIO's steps", reason, fix) from None
@@ -140,7 +140,7 @@ def _message(record: KafkaRecord) -> Message:
 class Produce(beam.PTransform, Generic[Element]):
     """PCollection[T] → the same; an element is emitted once the broker has acknowledged its messages, at least once.
 
-    So whatever is committed after this step is in the topic.  WriteToKafka does not report when it is done.
+    So everything that is committed after this step is in the topic.  WriteToKafka does not report when it is done.
 
     Args:
         broker: the broker of the topics.
@@ -243,7 +243,7 @@ def send_end(broker: Broker, topic: str) -> None:
     sender.acknowledged()
 
 
-def ensure(broker: Broker, topics: Sequence[str]) -> None:
+def ensure_topics(broker: Broker, topics: Sequence[str]) -> None:
     """Creates missing topics with the defaults of the broker.
 
     Raises:
@@ -354,7 +354,7 @@ def set_group_offsets(broker: Broker, group: str, offsets: Mapping[str, Mapping[
         offsets: next offset by topic and partition.
 
     Raises:
-        StoreError: the broker refuses, as when the group is in use.
+        StoreError: the broker refuses, for example because the group is in use.
     """
     from confluent_kafka import KafkaException, TopicPartition
 

@@ -75,12 +75,12 @@ def first_record(broker: Broker, topic: str, partition: int, offset: int) -> int
         return ALWAYS if found is None else found
 
 
-def unread(broker: Broker, due: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
+def unread_offsets(broker: Broker, due: Mapping[str, Mapping[int, int]]) -> dict[str, dict[int, int]]:
     """Number of unread offsets by topic and partition, up to the last stable offset; 0 if none of them is a record.
 
     Args:
         broker: the broker of the topics.
-        due: next offset by topic and partition; 0 for a partition that is not named.
+        due: next offset by topic and partition; 0 for partitions that are left out.
 
     Raises:
         StoreError: the broker cannot be reached, or has no such topic.
@@ -119,7 +119,7 @@ def size_limit(broker: Broker, topics: Sequence[str]) -> int:
     configurations = admin.describe_configs([ConfigResource(ConfigResource.Type.TOPIC, topic) for topic in topics])
     limits = [CLIENT_LIMIT]
     for result in configurations.values():
-        with contextlib.suppress(KafkaException, KeyError):  # without the right to read it, the client's limit holds
+        with contextlib.suppress(KafkaException, KeyError):  # without permission to read it, the client's limit applies
             limits.append(int(result.result(TIMEOUT_SECONDS)["max.message.bytes"].value))
     return min(limits)
 

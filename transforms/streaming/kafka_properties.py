@@ -1,6 +1,6 @@
 """Properties of Kafka's Java clients from a file, and the same for librdkafka, which names some of them differently.
 
-KafkaIO is Java, everything else here is librdkafka (confluent-kafka): one file serves both.
+KafkaIO is Java, and everything else here uses librdkafka (confluent-kafka): one file configures both.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from schemas.errors import DefinitionError
 from transforms.storage.file_systems import open_regular
 
 log = logging.getLogger("millrace.live")
-# What the jobs decide themselves: with other values they would lose rows or read them twice.
+# Properties that the jobs set themselves: with other values they would lose rows or read them twice.
 OURS = (
     "bootstrap.servers", "group.id", "group.instance.id", "enable.auto.commit", "auto.offset.reset",
     "key.deserializer", "value.deserializer", "key.serializer", "value.serializer",
     "enable.idempotence", "acks", "transactional.id",
 )  # fmt: skip
-# Properties of both, under one name.
+# Properties that have the same name in both.
 SHARED = (
     "security.protocol", "sasl.mechanism", "sasl.kerberos.service.name", "ssl.key.password", "client.id",
     "isolation.level",
 )  # fmt: skip
-# Properties whose names begin so are for librdkafka alone.
+# Properties whose names begin with this are for librdkafka alone.
 LIBRDKAFKA = "librdkafka."
 SECRET = re.compile(r"password|secret|jaas|token|ssl\.(keystore\.)?key$|ssl\.key\.pem|certificate\.chain$")
 
@@ -88,10 +88,10 @@ def java_properties(properties: Mapping[str, str]) -> dict[str, str]:
 
 
 def librdkafka_properties(properties: Mapping[str, str]) -> dict[str, str]:
-    """The properties for librdkafka: those of security, translated, and those that are for it alone.
+    """The properties for librdkafka: the translated security properties, and those that are for it alone.
 
     Raises:
-        DefinitionError: librdkafka has nothing that means the same.
+        DefinitionError: librdkafka has no equivalent of a property.
     """
     own = {name.removeprefix(LIBRDKAFKA): value for name, value in properties.items() if name.startswith(LIBRDKAFKA)}
     found = {name: properties[name] for name in SHARED if name in properties}
@@ -154,7 +154,7 @@ def _untranslated(name: str, value: str, instead: str) -> DefinitionError:
 
 
 def secrets_of(properties: Mapping[str, str]) -> set[str]:
-    """Values that are never printed, the parts of a JAAS configuration too."""
+    """Values that are never printed, including the parts of a JAAS configuration."""
     found = {value for name, value in properties.items() if SECRET.search(name) and value}
     translated = librdkafka_properties(properties)
     return found | {value for name, value in translated.items() if SECRET.search(name) and value}

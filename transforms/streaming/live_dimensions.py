@@ -1,6 +1,6 @@
-"""Dimensions of a live job: they are read again when their files change, and every content is stored as a version.
+"""Dimensions of a live job: they are read again when their files change, and each content is stored as a version.
 
-If a dimension cannot be read, because it is half written or lacks a column, the previous version keeps serving, also in
+If a dimension cannot be read, because it is half written or lacks a column, the previous version stays in use, even in
 a worker that starts meanwhile.  An error is logged at every check until the dimension is repaired.  If it can be read,
 rows that break its contract become dead letters, once per version.
 """
@@ -27,11 +27,11 @@ from transforms.features.block_inputs import contradictions, dimension_rows
 from transforms.sources.contracts import Contract
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, as_message_dead_letters, concat_dead_letters
 from transforms.sources.inventory import survey_files
-from transforms.sources.listing import unchanged
+from transforms.sources.listing import require_unchanged
 from transforms.sources.reader import read_slices
-from transforms.storage.delta_tables import write_aside
+from transforms.storage.delta_tables import write_file_atomically
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.stored_json import parse_object, read_regular, understood
+from transforms.storage.stored_json import explain_damage, parse_object, read_regular
 from transforms.storage.vacuum import TEMPORARY_FILE
 
 log = logging.getLogger("millrace.live")
@@ -82,7 +82,7 @@ class Dimensions:
         read = read_slices(contract, slices)
         frame = dimension_rows(contract, read.frame)
         dead_letters, _ = contradictions(self.view, contract, slices, frame)
-        unchanged(frame, found.listings)
+        require_unchanged(frame, found.listings)
         version = keep(self.kept, name, frame)
         self._reject(
             name, version, [each.path for each in slices], concat_dead_letters([read.dead_letters, *dead_letters])
@@ -92,10 +92,10 @@ class Dimensions:
         self.frames[name], self.versions[name], self._stamps[name] = frame, version, stamp
 
     def use(self, versions: Mapping[str, str]) -> None:
-        """Takes certain versions, which are stored, as the current ones."""
+        """Makes certain stored versions the current ones."""
         for name, version in versions.items():
             if self.versions.get(name) != version:
-                self.frames[name], self.versions[name] = kept(self.kept, name, version), version
+                self.frames[name], self.versions[name] = kept_version(self.kept, name, version), version
                 self._stamps.pop(name, None)
 
     def take_dead_letters(self) -> pl.DataFrame:
@@ -131,9 +131,9 @@ class Dimensions:
         path = FileSystems.join(self.kept, name, SERVING)
         if not FileSystems.exists(path):
             return False
-        with understood("A live job's note of a dimension can be read", path, "Restore it, or remove it"):
+        with explain_damage("A live job's note of a dimension can be read", path, "Restore it, or remove it"):
             version = str(parse_object(read_regular(path))["version"])
-        frame = kept(self.kept, name, version)
+        frame = kept_version(self.kept, name, version)
         schema = self.view.dimensions[name].schema
         if dict(frame.schema) != {column: schema[column] for column in self.view.columns_read(name)}:
             return False
@@ -150,12 +150,12 @@ def keep(folder: str, name: str, frame: pl.DataFrame) -> str:
         version = hashlib.blake2b(content, digest_size=8, salt=salt).hexdigest()
         path = FileSystems.join(folder, name, f"{version}.arrow")
         if not FileSystems.exists(path):
-            write_aside(FileSystems.join(folder, name), f"{version}.arrow", pa.py_buffer(content))
+            write_file_atomically(FileSystems.join(folder, name), f"{version}.arrow", pa.py_buffer(content))
             break
         if read_regular(path) == content:
             break
     in_use = pa.py_buffer(json.dumps({"version": version}).encode())
-    write_aside(FileSystems.join(folder, name), SERVING, in_use)
+    write_file_atomically(FileSystems.join(folder, name), SERVING, in_use)
     return version
 
 
@@ -165,7 +165,7 @@ def _content(frame: pl.DataFrame) -> bytes:
     return sink.getvalue()
 
 
-def kept(folder: str, name: str, version: str) -> pl.DataFrame:
+def kept_version(folder: str, name: str, version: str) -> pl.DataFrame:
     """The content of a version of a dimension."""
     path = FileSystems.join(folder, name, f"{version}.arrow")
     try:
@@ -195,5 +195,5 @@ def rewrite_versions(folder: str, matches: Callable[[pl.DataFrame], pl.Series], 
             hit = matches(rows)
             count += int(hit.sum())
             if hit.any() and not dry_run:
-                write_aside(folder, path.name, pa.py_buffer(_content(rows.filter(~hit))))
+                write_file_atomically(folder, path.name, pa.py_buffer(_content(rows.filter(~hit))))
     return count

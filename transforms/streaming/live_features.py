@@ -34,7 +34,7 @@ from transforms.streaming.kafka import (
     topic_of,
 )
 from transforms.streaming.live_settings import LiveSettings
-from transforms.streaming.message_limits import LIMITS, MessageLimits
+from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits
 from transforms.streaming.messages import EXPANDED_BYTES, Message, by_partition, decode_topic, expanded_size
 from transforms.streaming.micro_batches import MicroBatch, micro_batch_envelope
 from transforms.streaming.mirrored_state import SINGLE_KEY, KeyedBytes
@@ -49,14 +49,14 @@ ENVELOPE_BYTES = 2 << 20
 class LiveFeatures(beam.PTransform):
     """PCollection of envelopes (see `Decode…` and `to_journal`) → PCollection of commits: (key, their status as JSON).
 
-    There is no PCollection of feature rows: a runner would do its work even if nothing reads it, and they are in their
-    topic and their table.
+    There is no PCollection of feature rows: a runner would compute it even if nothing read it, and feature rows are in
+        their topic and table.
 
     Args:
         view: the view whose features are computed.
         live: the settings.
         sends: the topics of feature rows and dead letters; None: there are none.  Rows are committed to a table after
-            the broker has acknowledged them, so that at any moment a topic has everything that a table has.
+            the broker has acknowledged them, so that a topic always has everything that a table has.
     """
 
     view: FeatureView
@@ -89,7 +89,7 @@ class Sends:
         view: the view of the feature rows.
         broker: the broker of the topics.
         prefix: prefix of their names.
-        most: the most bytes of a message of feature rows.
+        most: the most bytes of a message with feature rows.
     """
 
     view: FeatureView
@@ -145,13 +145,13 @@ def contracts_of(view: FeatureView) -> dict[str, Contract]:
     }
 
 
-def decoded(
+def decode_messages(
     contracts: Mapping[str, Contract],
     messages: Iterable[Message],
     prefix: str = "",
     index: int | None = None,
     received: int = 0,
-    limits: MessageLimits = LIMITS,
+    limits: MessageLimits = DEFAULT_LIMITS,
 ) -> bytes:
     """Messages of any topics and partitions as one envelope for the journal.
 
@@ -161,7 +161,7 @@ def decoded(
         prefix: of the names of topics.
         index: position in the order of a replay.
         received: when the messages were received, µs.
-        limits: what a message may hold.
+        limits: the most that a message may contain.
     """
     micro_batches, arrived = [], 0
     for topic, group in itertools.groupby(sorted(by_partition(messages).items()), lambda each: each[0][0]):
@@ -186,7 +186,7 @@ def decoded(
 
 def decode_alone(view: FeatureView, prefix: str, limits: MessageLimits, message: Message) -> None:
     """Decodes one message, to see whether the process survives it."""
-    decoded(contracts_of(view), [message], prefix, limits=limits)
+    decode_messages(contracts_of(view), [message], prefix, limits=limits)
 
 
 class DecodeChunks(beam.DoFn):
@@ -199,22 +199,21 @@ class DecodeChunks(beam.DoFn):
         self.contracts = contracts_of(self.view)
 
     def process(self, chunk: tuple[int, list[Message]]) -> Iterator[bytes]:
-        yield decoded(self.contracts, chunk[1], self.prefix, chunk[0])
+        yield decode_messages(self.contracts, chunk[1], self.prefix, chunk[0])
 
 
 class DecodeBundles(beam.DoFn):
-    """Message → envelopes: one for the messages of a bundle, or several if these are many, so that a backlog takes many
-    turns.
+    """Message → envelopes: one for the messages of a bundle, or several for many, so that a backlog takes many turns.
 
     Args:
-        view: whose sources the messages are of.
-        prefix: before the names of topics.
-        guard: folder of the crash guard; None: none.
-        limits: what a message may hold.
+        view: the view whose sources have these topics.
+        prefix: prefix of the names of topics.
+        guard: folder of the crash guard; None: there is none.
+        limits: the most that a message may contain.
     """
 
     def __init__(
-        self, view: FeatureView, prefix: str = "", guard: str | None = None, limits: MessageLimits = LIMITS
+        self, view: FeatureView, prefix: str = "", guard: str | None = None, limits: MessageLimits = DEFAULT_LIMITS
     ) -> None:
         self.view, self.prefix, self.folder, self.limits = view, prefix, guard, limits
 
@@ -241,6 +240,6 @@ class DecodeBundles(beam.DoFn):
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self.messages:
             with self.guard.decoding(self.messages) as messages:
-                envelope = decoded(self.contracts, messages, self.prefix, None, now_us(), self.limits)
+                envelope = decode_messages(self.contracts, messages, self.prefix, None, now_us(), self.limits)
             self.messages, self.bytes, self.expanded = [], 0, 0
             yield WindowedValue(envelope, MIN_TIMESTAMP, [GlobalWindow()])

@@ -16,7 +16,8 @@ class LiveSettings:
         store: the folder of the tables.
         run_id: prefix of file names.
         dimensions: the folder of the dimensions.
-        shards: parallel shards of keys; a single one runs in the journal's step, without a way through the runner.
+        shards: number of parallel shards; a single shard runs in the journal's step, so that nothing passes through the
+            runner.
         keep: for how long after the watermark of the spine features are still computed for late spine rows.
         pace: minimum interval between turns; 0: each envelope is a turn, at the envelope's own time (replay).
         commit_every: minimum interval between commits.
@@ -25,7 +26,7 @@ class LiveSettings:
         table: whether feature rows are written to the table.
         kafka: the broker of the messages; None: a replay.
         begin: where a replay begins; None: with an empty store.
-        epoch: of the launch (see `epochs`).
+        epoch: epoch of the launch (see `epochs`).
     """
 
     store: str

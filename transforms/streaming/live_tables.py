@@ -19,7 +19,7 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from schemas.errors import ConflictError, StoreError
-from schemas.live import accepted, live_schema, repeats_by, sources_of
+from schemas.live import accepted, live_schema, live_sources, repeats_by
 from schemas.views import FeatureView
 from transforms.records.frame_packets import Head
 from transforms.records.record_batches import batch
@@ -37,13 +37,13 @@ from transforms.storage.delta_tables import (
     open_table,
     read_file,
     retry_commits,
+    schema_with_columns,
     table_root,
-    with_columns,
     write_files,
 )
 from transforms.storage.log_entries import LogEntry
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
-from transforms.storage.stored_json import parse_object, understood
+from transforms.storage.stored_json import explain_damage, parse_object
 from transforms.streaming.fates import FATE_COLUMNS
 from transforms.streaming.progress import NO_EPOCH, CommitRecord, Epoch
 from transforms.streaming.step_messages import TurnEntry, TurnFeatures
@@ -78,7 +78,7 @@ def is_of_live_job(store: str, name: str) -> bool:
 def last_commit_record(table: DeltaTable | None, app: str) -> Head:
     """The record of the newest commit of `app`: turn, offsets, completeness and so on; empty if there is none.
 
-    Any number of other commits, as of a vacuum, may follow it.
+    Any number of other commits, such as those of a vacuum, may follow it.
 
     Raises:
         StoreError: the commit is no longer in the log.
@@ -87,7 +87,7 @@ def last_commit_record(table: DeltaTable | None, app: str) -> Head:
         return {}
     for version in range(table.version(), -1, -1):
         if (record := commit_at(table.table_uri, version).get(COMMIT_KEY)) is not None:
-            with understood("A live table's log can be read", table_root(table)):
+            with explain_damage("A live table's log can be read", table_root(table)):
                 return parse_object(record)
     return {}
 
@@ -108,7 +108,7 @@ def _record(table: DeltaTable | None, name: str) -> CommitRecord | None:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Writer:
+class TableWriter:
     """Appends rows to one table, each once, however often the append is retried.
 
     Args:
@@ -116,7 +116,7 @@ class Writer:
         schema: its columns, with `date`.
         app: application id of the commits.
         run_id: prefix of file names.
-        epoch: of the launch that appends; without a number it is never refused.
+        epoch: epoch of the launch that appends; without a number it is never refused.
     """
 
     uri: str
@@ -180,7 +180,7 @@ class Writer:
             metadata={COMMIT_KEY: json.dumps(record, separators=(",", ":")), "run_id": self.run_id},
             application=(self.app, version),
             added=add_actions(self.uri, files),
-            schema=None if known >= {field.name for field in schema.fields} else with_columns(table, schema),
+            schema=None if known >= {field.name for field in schema.fields} else schema_with_columns(table, schema),
         )
         fix = "Check access and free space; no row is lost, the job continues from its last commit"
         try:
@@ -213,7 +213,7 @@ class NewRows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BeyondOffsets(NewRows):
-    """Rows whose offset is at or after the offsets of the table's last commit."""
+    """Finds rows whose offset is at or after the offsets of the table's last commit."""
 
     app: str
     source: str | None
@@ -238,9 +238,9 @@ class BeyondOffsets(NewRows):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NewDeadLetters(NewRows):
-    """Dead letters beyond the offsets of the last commit, and those of dimensions that the table does not have.
+    """Finds dead letters beyond the offsets of the last commit, and those of dimensions that the table does not have.
 
-    The latter are of partition −1, and every worker that reads a version of a dimension reports them.
+    The latter have partition −1, and every worker that reads a version of a dimension reports them.
     """
 
     app: str
@@ -258,7 +258,8 @@ class NewDeadLetters(NewRows):
 
 
 class UnknownIds(NewRows):
-    """Rows whose `row_id` is in none of the table's files of the same dates.  Each file's ids are read once."""
+    """Finds rows whose `row_id` is in none of the table's files of the same dates.  The ids of each file are read
+    once."""
 
     def __init__(self) -> None:
         self.known: dict[date, dict[str, npt.NDArray[np.int64]]] = {}
@@ -307,11 +308,11 @@ class CommitStatus:
 class Writers:
     """The writers of a features job: of dead letters, of accepted rows by source, and of feature rows."""
 
-    dead_letters: Writer
-    sources: Mapping[str, Writer]
-    features: Writer
+    dead_letters: TableWriter
+    sources: Mapping[str, TableWriter]
+    features: TableWriter
 
-    def __iter__(self) -> Iterator[Writer]:
+    def __iter__(self) -> Iterator[TableWriter]:
         yield self.dead_letters
         yield from self.sources.values()
         yield self.features
@@ -327,13 +328,13 @@ def writers_of(view: FeatureView, store: str, run_id: str, epoch: Epoch) -> Writ
         epoch: of the launch.
     """
 
-    def writer(uri: str, schema: pa.Schema, app: str) -> Writer:
-        return Writer(uri, schema, application_of(app), run_id, epoch)
+    def writer(uri: str, schema: pa.Schema, app: str) -> TableWriter:
+        return TableWriter(uri, schema, application_of(app), run_id, epoch)
 
     root, answers = sources_root(store), features_live_uri(store, view.name, view.fingerprint)
     return Writers(
         writer(live_dead_letters_uri(store, view.name), LIVE_DEAD_LETTERS, f"{view.name}/letters"),
-        {name: writer(source_uri(root, name), accepted(view, name), name) for name in sources_of(view)},
+        {name: writer(source_uri(root, name), accepted(view, name), name) for name in live_sources(view)},
         writer(answers, live_schema(view), view.name),
     )
 
@@ -393,7 +394,7 @@ class PendingTurns:
         ]
         if any(map(len, dead_letters)):
             self.rows["letters"] += self._dead_letters(pl.concat(dead_letters), record)
-        for name in sources_of(self.view):
+        for name in live_sources(self.view):
             if accepted := [each.accepted[name] for each in entries if name in each.accepted]:
                 self.rows["events"] += self._source(name, pl.concat(accepted), record)
         if features and self.table:
@@ -413,7 +414,7 @@ class PendingTurns:
         return writer.append(frame, record.turn, record.to_json(), NewDeadLetters(writer.app))
 
     def _source(self, name: str, frame: pl.DataFrame, record: CommitRecord) -> int:
-        source = sources_of(self.view)[name]
+        source = live_sources(self.view)[name]
         frame = frame.with_columns(_time("__arrived"), pl.col(str(source.time)).dt.date().alias("date"))
         frame = frame.with_columns(
             pl.lit(True if column == "__counted" else None).alias(column)

@@ -1,4 +1,5 @@
-"""Limits on what a message may expand to, held before it is decoded: a message of some kilobytes could need gigabytes.
+"""Limits on the expanded size of a message, checked before it is decoded: a message of some kilobytes could need
+gigabytes.
 
 Arrow's metadata says how many rows and bytes a message expands to, and its decoder allocates no more than that, so both
 are summed before any buffer is decompressed.  Avro is in `avro_messages`.
@@ -25,7 +26,7 @@ class MessageLimits:
     Args:
         rows: rows.
         expanded_bytes: bytes after decompression.
-        columns: columns, those that are not declared too.
+        columns: columns, including those that are not declared.
         depth: levels of nesting of a JSON value or an Avro schema.
     """
 
@@ -51,15 +52,15 @@ class MessageLimits:
             raise _beyond(f"A message nests at most {self.depth} levels", f"{depth:,}")
 
 
-LIMITS = MessageLimits()
+DEFAULT_LIMITS = MessageLimits()
 
 
 def _beyond(rule: str, value: str) -> ContractError:
     return ContractError(rule, value, "Send its rows in several messages")
 
 
-# Fields of the tables in Arrow's Message.fbs: a table's first field is at 4 of its vtable, each next one 2 further.
-# They are read by hand: flatbuffers' own classes take 50 µs a message.
+# Fields of the tables in Arrow's Message.fbs: a table's first field is at position 4 of its vtable, and each further
+# field 2 bytes later. They are read by hand: flatbuffers' own classes take 50 µs per message.
 _MESSAGE_VERSION, _HEADER_TYPE, _HEADER, _BODY_LENGTH, _CUSTOM_METADATA = 4, 6, 8, 10, 12
 _BATCH_LENGTH, _BUFFERS, _COMPRESSION, _DICTIONARY_DATA = 4, 8, 10, 6
 _SCHEMA, _DICTIONARY_BATCH, _RECORD_BATCH = 1, 2, 3
@@ -70,14 +71,14 @@ _CONTINUES = b"\xff\xff\xff\xff"
 _ARROW_RULE = "A message of rows is a whole Arrow IPC stream"
 
 
-def check_arrow(value: bytes, limits: MessageLimits = LIMITS) -> int:
+def check_arrow(value: bytes, limits: MessageLimits = DEFAULT_LIMITS) -> int:
     """Checks an Arrow IPC stream by its metadata alone.
 
     Returns:
         Bytes of all its buffers after decompression.
 
     Raises:
-        ContractError: it expands beyond the limits, or is no such stream.
+        ContractError: it expands beyond the limits, or is not such a stream.
     """
     rows = size = position = 0
     try:
@@ -114,7 +115,7 @@ def _measured(value: bytes, start: int, body: int) -> tuple[int, int, int]:
         raise ContractError(_ARROW_RULE, f"a message of kind {kind}", "")
     at = _field(value, message, _MESSAGE_VERSION)
     version = _INT16.unpack_from(value, at)[0] if at else 0
-    if version < _V5 and _field(value, message, _CUSTOM_METADATA):  # where Arrow 0.17 named a compression
+    if version < _V5 and _field(value, message, _CUSTOM_METADATA):  # Arrow 0.17 named a compression here
         raise ContractError(_ARROW_RULE, "a compression of the format of before Arrow 1.0", "Use a newer writer")
     batch = _table(value, message, _HEADER)
     if kind == _DICTIONARY_BATCH:
@@ -134,7 +135,7 @@ def _buffer_bytes(value: bytes, batch: int, body: int, body_length: int) -> int:
         value: the stream.
         batch: where the batch's table is.
         body: where the buffers begin.
-        body_length: bytes of all buffers as they are.
+        body_length: bytes of all buffers before decompression.
     """
     at = _field(value, batch, _BUFFERS)
     if not at:
@@ -157,7 +158,7 @@ def _buffer_bytes(value: bytes, batch: int, body: int, body_length: int) -> int:
 
 
 def _field(value: bytes, table: int, field: int) -> int:
-    """Where a field of a flatbuffers table is; 0 if it is left out."""
+    """The position of a field of a flatbuffers table; 0 if it is left out."""
     vtable = table - _INT32.unpack_from(value, table)[0]
     if vtable < 0 or field >= _INT16.unpack_from(value, vtable)[0]:
         return 0
@@ -166,7 +167,7 @@ def _field(value: bytes, table: int, field: int) -> int:
 
 
 def _table(value: bytes, parent: int, field: int) -> int:
-    """Where the table is that a field refers to."""
+    """The position of the table to which a field refers."""
     at = _field(value, parent, field)
     if not at:
         raise ContractError(_ARROW_RULE, "a message without its batch", "")
@@ -174,15 +175,15 @@ def _table(value: bytes, parent: int, field: int) -> int:
 
 
 def read_arrow(
-    value: bytes, columns: Collection[str], check: Callable[[pa.Schema], None], limits: MessageLimits = LIMITS
+    value: bytes, columns: Collection[str], check: Callable[[pa.Schema], None], limits: MessageLimits = DEFAULT_LIMITS
 ) -> pa.Table:
     """The rows of an Arrow IPC stream, of which only `columns` are decoded.
 
     Args:
         value: the stream.
-        columns: the columns that are declared; those that it does not have are left out.
+        columns: the declared columns; those that the stream does not have are left out.
         check: raises if the schema is not the declared one, before any row is decoded.
-        limits: what it may hold.
+        limits: the most that it may contain.
 
     Raises:
         ContractError: it expands beyond the limits, or one of the columns has an extension type.
@@ -207,14 +208,15 @@ def read_arrow(
 
 
 def _check_plain(field: pa.Field) -> None:
-    """Refuses an extension type, known to pyarrow or not: its values mean what some other code makes of them."""
+    """Refuses an extension type, whether pyarrow knows it or not: only other code defines the meaning of its values."""
     kind = field.type
     if isinstance(kind, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
         raise ContractError(f"Column {field.name!r} has one of Arrow's own types", f"an extension type ({kind})", "")
 
 
 def _expanded(table: pa.Table, limits: MessageLimits) -> pa.Table:
-    """`table`, whose columns are as long as it, and whose dictionaries do not expand beyond the limits."""
+    """`table`, after a check that its columns have its length, and that its dictionaries do not expand beyond the
+    limits."""
     table.validate(full=True)  # offsets outside a buffer would crash the process
     size = 0
     for column in table.columns:
@@ -228,15 +230,15 @@ def _expanded(table: pa.Table, limits: MessageLimits) -> pa.Table:
     return table
 
 
-# Bytes of memory of a value of JSON that is parsed, at the least.
+# The least bytes of memory that a parsed JSON value takes.
 _VALUE_BYTES = 60
 
 
-def check_json(value: bytes, limits: MessageLimits = LIMITS) -> int:
+def check_json(value: bytes, limits: MessageLimits = DEFAULT_LIMITS) -> int:
     """Checks JSON text before it is parsed.
 
     Returns:
-        Bytes of memory that its values need, about.
+        The approximate bytes of memory that its values need.
 
     Raises:
         ContractError: it nests deeper, or has more values, than the limits allow.
@@ -248,7 +250,7 @@ def check_json(value: bytes, limits: MessageLimits = LIMITS) -> int:
 
 
 def json_depth(value: bytes, enough: int = 0) -> int:
-    """The deepest nesting of JSON text, or 0 if it has at most `enough` openings in all."""
+    """The deepest nesting of JSON text, or 0 if it has at most `enough` opening brackets."""
     if value.count(b"{") + value.count(b"[") <= enough:
         return 0
     if b"\\" in value:  # escaped quotes do not end a text

@@ -1,4 +1,4 @@
-"""Messages and their rows: a value is an Arrow IPC stream, JSON or an Avro container, which its first bytes show."""
+"""Messages and their rows: a value is an Arrow IPC stream, JSON or an Avro container; its first bytes show which."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ from transforms.sources.contracts import IN_YEARS, Contract, check_rows, outside
 from transforms.sources.conversions import converted, problem_free, with_problems
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.avro_messages import MAGIC, avro_rows, check_avro
-from transforms.streaming.message_limits import LIMITS, MessageLimits, check_arrow, check_json, read_arrow
+from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits, check_arrow, check_json, read_arrow
 
 HEARTBEAT = b"__heartbeat"
-# Columns beside the source's own: the origin of a row.
-ORIGIN = {"__partition": pl.Int32, "__offset": pl.Int64, "__place": pl.Int32, "__arrived": pl.Int64}
+# Columns besides the source's own: the origin of a row.
+ORIGIN_TYPES = {"__partition": pl.Int32, "__offset": pl.Int64, "__place": pl.Int32, "__arrived": pl.Int64}
 _NO_DEAD_LETTERS = pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)
 _ARROW = b"\xff\xff\xff\xff"
 _READABLE = "a message is an Arrow IPC stream, JSON or an Avro container with the declared columns"
-# A message that cannot be read must never stop a job, since it would stop it again, whatever error it raises.
+# A message that cannot be read must never stop a job, whatever error it raises, because it would stop the job again.
 ANY_ERROR = (Exception, pl.exceptions.PanicException)
 _JSON_TYPES: dict[type, set[type]] = {pl.String: {str}, pl.Boolean: {bool}, pl.Date: {str}, pl.Datetime: {str}}
 
 
 class Message(NamedTuple):
-    """A record of a topic; `timestamp` (µs) is when it arrived there.  With a reason in `refused` it is not decoded."""
+    """A record of a topic; `timestamp` (µs) is when it arrived there.  A message with a reason in `refused` is not
+    decoded."""
 
     topic: str
     partition: int
@@ -56,7 +57,7 @@ class Decoded:
     """The rows of some messages of one partition.
 
     Args:
-        rows: the rows that keep the contract: the declared columns and `ORIGIN`.
+        rows: the rows that satisfy the contract, with the declared columns and `ORIGIN_TYPES`.
         dead_letters: rows and messages that break the contract, with the columns `MESSAGE_DEAD_LETTERS`.
         heartbeat: the greatest time (µs) up to which a heartbeat declares the partition complete, or None.
     """
@@ -82,13 +83,13 @@ def from_arrow(value: bytes) -> pa.RecordBatch:
     """The batch of `to_arrow`.
 
     Raises:
-        ContractError: the bytes are no such batch, or their schema names code to run.
+        ContractError: the bytes are not such a batch, or their schema names code to run.
     """
     try:
         check_arrow(value)
         with pa.ipc.open_stream(value) as reader:
             return reader.read_next_batch()
-    except Exception as error:  # whatever crafted bytes make of it
+    except Exception as error:  # crafted bytes may raise any error
         reason = (str(error).splitlines() or [repr(error)])[0][:300]
         raise ContractError("A message of rows is an Arrow IPC stream", reason, "") from None
 
@@ -102,18 +103,18 @@ def to_json(batch: pa.RecordBatch | pl.DataFrame) -> list[bytes]:
 
 
 def heartbeat(until: int) -> tuple[bytes, bytes]:
-    """Key and value of a message: no row before `until` (µs since 1970) follows on its partition."""
+    """Key and value of a heartbeat: no row before `until` (µs since 1970) follows on its partition."""
     return HEARTBEAT, str(until).encode()
 
 
-def decode(contract: Contract, messages: Sequence[Message], limits: MessageLimits = LIMITS) -> Decoded:
-    """The rows of one partition's messages that keep the contract, and dead letters of the rest."""
+def decode(contract: Contract, messages: Sequence[Message], limits: MessageLimits = DEFAULT_LIMITS) -> Decoded:
+    """The rows of one partition's messages that satisfy the contract, and dead letters for the others."""
     (decoded,) = decode_topic(contract, [messages], limits)
     return decoded
 
 
 def decode_topic(
-    contract: Contract, partitions: Sequence[Sequence[Message]], limits: MessageLimits = LIMITS
+    contract: Contract, partitions: Sequence[Sequence[Message]], limits: MessageLimits = DEFAULT_LIMITS
 ) -> list[Decoded]:
     """Like `decode`, for several partitions of one topic at once, in ascending order."""
     rows = [each for messages in partitions for each in messages if each.key != HEARTBEAT]
@@ -152,14 +153,14 @@ def _promised(contract: Contract, messages: Sequence[Message]) -> tuple[int | No
             ahead = contract.source.ahead
             rule = f"a heartbeat is an integer, µs since 1970, at most {ahead} ahead of its arrival (ahead)"
             dead_letters.append(_unreadable(contract, message, rule))
-        elif stamp != FOREVER or message is messages[-1]:  # an end counts only if no message follows
+        elif stamp != FOREVER or message is messages[-1]:  # an end only counts if no message follows it
             until.append(stamp)
     return max(until, default=None), dead_letters
 
 
 @functools.lru_cache(256)
 def _empty(source: Source) -> pl.DataFrame:
-    return pl.DataFrame(schema={**source.schema, **ORIGIN})
+    return pl.DataFrame(schema={**source.schema, **ORIGIN_TYPES})
 
 
 def _frames(
@@ -225,7 +226,7 @@ def _from_arrow(contract: Contract, messages: Sequence[Message], limits: Message
 
 
 def _in_microseconds(table: pa.Table) -> pa.Table:
-    """The table with times in µs; Polars would let seconds beyond them wrap around.
+    """The table with times in µs; Polars would let seconds beyond their range wrap around.
 
     Raises:
         pa.ArrowInvalid: a time does not fit.
@@ -253,7 +254,8 @@ def _from_json(contract: Contract, messages: Sequence[Message], limits: MessageL
 def _from_rows(
     contract: Contract, rows: list[object], messages: Sequence[Message], counts: Sequence[int] | None = None
 ) -> pl.DataFrame:
-    """Rows of messages as a frame.  Every row must have every column that is read: a renamed column is not null."""
+    """Rows of messages as a frame.  Every row must have every column that is read: a renamed column must not be read as
+    null."""
     source, read, objects = contract.source, set(contract.columns), []
     for row in rows:
         if not isinstance(row, dict):
@@ -348,7 +350,7 @@ def _with_origin(frame: pl.DataFrame, messages: Sequence[Message], counts: Seque
 
 def _unreadable(contract: Contract, message: Message, reason: str) -> pl.DataFrame:
     text = message.value[:200].decode("utf-8", "backslashreplace")
-    reason = reason.encode("utf-8", "backslashreplace").decode()  # it may quote half a surrogate pair
+    reason = reason.encode("utf-8", "backslashreplace").decode()  # the error may quote half of a surrogate pair
     row = (contract.source.name, message.partition, message.offset, -1, "", reason, text, message.timestamp)
     return pl.DataFrame([row], schema=MESSAGE_DEAD_LETTERS, orient="row")
 
@@ -385,7 +387,7 @@ def _ahead(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[p
 
 
 def _beyond_calendar(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
-    """Rejects rows with a time that no file, log or report can hold.
+    """Rejects rows with a time that files, logs and reports cannot represent.
 
     Returns:
         The other rows, and dead letters.
@@ -408,12 +410,12 @@ def out_of_calendar(times: pl.Series) -> pl.Series:
     return select(times.to_frame("_"), outside_years(pl.col("_"), times.dtype).fill_null(False)).to_series()
 
 
-# Bytes after decompression that the messages of one micro-batch take in at most and one message more.
+# The messages of one micro-batch take at most so many bytes after decompression, not counting the last message.
 EXPANDED_BYTES = 64 << 20
 
 
-def expanded_size(message: Message, limits: MessageLimits = LIMITS) -> int:
-    """Bytes that the value of a message expands to, about; 0 if it will be refused."""
+def expanded_size(message: Message, limits: MessageLimits = DEFAULT_LIMITS) -> int:
+    """The approximate bytes to which the value of a message expands; 0 if it will be refused."""
     try:
         if message.value[:4] == _ARROW:
             return check_arrow(message.value, limits)

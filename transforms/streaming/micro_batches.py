@@ -11,14 +11,14 @@ from transforms.records.frame_packets import Head, pack, unpack
 from transforms.records.times import FOREVER
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
 
-# A gap in a partition's offsets is left open for GAP_PATIENCE µs before Kafka is queried for what it holds, and for
-# AGAIN µs before the next query if there is a record in it.  Every transaction ends with a gap, so its rows wait for
-# the former.  Where there is no Kafka to query, a gap is left open for the latter.
+# A gap in a partition's offsets stays open for GAP_PATIENCE µs before Kafka is queried for the records in it. If there
+# is one, it stays open for AGAIN µs until the next query.  Every transaction ends with a gap, so its rows wait for
+# GAP_PATIENCE.  If there is no Kafka to query, a gap stays open for AGAIN.
 GAP_PATIENCE, AGAIN = 100_000, 2_000_000
 _NO_DEAD_LETTERS = pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)
-# Counts the offsets without a record: deleted before they were read, compacted away, or a transaction's own.
+# Counts the offsets without a record: deleted before they were read, compacted away, or used by a transaction itself.
 SKIPPED = "offsets_skipped"
-# The first offset at or after one of a partition (source, partition, offset) at which its topic has a record.
+# (source, partition, offset) → the first offset at or after this one at which the topic has a record.
 NextAvailable = Callable[[str, int, int], int]
 
 
@@ -27,14 +27,14 @@ class MicroBatch:
     """Messages `[first, next)` of one partition, decoded.
 
     Args:
-        source, partition: of the messages.
+        source, partition: source and partition of the messages.
         first: the first offset.
         next: the offset after the last.
         messages: number of messages.
         heartbeat: the greatest time (µs) up to which a heartbeat declares the partition complete, or None.
-        rows: the rows that keep the contract, with their origin.
-        dead_letters: with the columns `MESSAGE_DEAD_LETTERS`.
-        received: when the job received the messages, µs; a gap before them is left open from then on.
+        rows: the rows that satisfy the contract, with their origin.
+        dead_letters: the dead letters, with the columns `MESSAGE_DEAD_LETTERS`.
+        received: when the job received the messages, µs; a gap before them counts as open from then on.
     """
 
     source: str
@@ -54,7 +54,7 @@ def micro_batch_envelope(
     """Micro-batches that were received at one time, as one envelope.
 
     Args:
-        micro_batches: of any partitions.
+        micro_batches: micro-batches of any partitions.
         arrived: when the last of their messages arrived, µs.
         index: position in the order of a replay.
         more: further entries of the head.
@@ -66,7 +66,7 @@ def micro_batch_envelope(
         rows.setdefault(each.source, []).append(each.rows)
         if len(each.dead_letters):
             frames[f"{i}l"] = each.dead_letters
-    # One frame per source is encoded faster than one per partition.
+    # Encoding one frame per source is faster than one per partition.
     frames |= {f"r:{source}": _joined(some) for source, some in rows.items()}
     received = micro_batches[0].received if micro_batches else 0
     return pack(
@@ -103,7 +103,7 @@ def no_topic(source: str, partition: int, offset: int) -> int:
     return FOREVER
 
 
-def in_order(
+def admissible(
     inbox: Sequence[MicroBatch],
     due: Mapping[str, Mapping[int, int]],
     now: int,
@@ -112,8 +112,8 @@ def in_order(
 ) -> tuple[list[MicroBatch], list[MicroBatch]]:
     """Sorts micro-batches into those that can be admitted and those that wait for an earlier one.
 
-    The earlier one may still be on its way, on a worker that is slow or was frozen.  Or there is none, since Kafka
-    deleted it, compacted it away or uses the offset itself (the end of a transaction); `next_available` knows.
+    The earlier one may still be on its way, on a slow or frozen worker.  Or there is none, because Kafka deleted it,
+    compacted it away or uses the offset itself (the end of a transaction); `next_available` finds out.
 
     Args:
         inbox: micro-batches of any partitions, in any order.

@@ -17,15 +17,15 @@ from apache_beam.coders import BytesCoder
 from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec
 
 from transforms.records.frame_packets import Head, pack, unpack
-from transforms.streaming.time_buckets import SLOTS, Store, slot_contents, take_changes
+from transforms.streaming.time_buckets import SLOTS, Change, Store
 
 Held = TypeVar("Held")
 Output = TypeVar("Output")
 KeyedBytes = tuple[bytes, bytes]
-# The key of a step that has only one.
+# The key of a step that has only one key.
 SINGLE_KEY = b"0"
-# The most pieces of a slot: with more, it is rewritten as one.
-PIECES = 24
+# The most pieces of a slot; a slot with more is rewritten as one piece.
+PIECES = 100
 
 
 class ValueState(Protocol):
@@ -53,7 +53,7 @@ Slots = Sequence[BagState]
 def with_slots(method: Callable[..., Output]) -> Callable[..., Output]:
     """Passes the slots of a key to a DoFn's method as one sequence, its last parameter.
 
-    Beam passes each state as a parameter of its own, and finds out about them by the method's signature.
+    Beam passes each state as a separate parameter, and finds them by the method's signature.
     """
     signature = inspect.signature(method)
     *others, _ = signature.parameters.values()
@@ -79,7 +79,8 @@ class Mirror(Generic[Held]):
         self._held: dict[bytes, tuple[int, Held]] = {}
 
     def get(self, key: bytes, version: int, build: Callable[[], Held]) -> Held:
-        """The object of a key, or a new one.  It must be `put` back: an error may leave it half changed."""
+        """The object of a key, or a new one.  It must be `put` back; after an error it is not, because it may be half
+        changed."""
         known = self._held.pop(key, None)
         return known[1] if known is not None and known[0] == version else build()
 
@@ -91,24 +92,31 @@ def load_slots(stores: Mapping[str, Store], slots: Slots) -> list[int]:
     """Fills `stores` from their slots.  Returns the number of pieces of each slot."""
     counts = []
     for slot in slots:
-        pieces = list(slot.read())
+        pieces = [unpack(piece) for piece in slot.read()]
         counts.append(len(pieces))
-        for piece in pieces:
-            head, frames = unpack(piece)
-            stores[head["store"]].restore(head["pane"], frames["rows"])
+        pieces.sort(key=lambda piece: piece[0].get("at", 0))  # a bag has no order
+        whole = {(head["store"], head["pane"]): n for n, (head, _) in enumerate(pieces) if head.get("whole")}
+        for n, (head, frames) in enumerate(pieces):
+            if n >= whole.get((head["store"], head["pane"]), 0):
+                stores[head["store"]].restore(head["pane"], frames["rows"])
     return counts
 
 
 def save_slots(stores: Mapping[str, Store], slots: Slots, counts: list[int]) -> None:
     """Writes the changes of `stores`: they are appended to a slot, or it is rewritten.  Updates `counts`."""
-    for number, pieces in take_changes(stores).items():
+    changes: dict[int, list[tuple[str, Change]]] = {}
+    for name, store in stores.items():
+        for change in store.take_changes():
+            changes.setdefault(change.bucket % SLOTS, []).append((name, change))
+    for number, pieces in changes.items():
         slot = slots[number]
-        if pieces is None or counts[number] + len(pieces) > PIECES:
+        if counts[number] + len(pieces) > PIECES:
             slot.clear()
             counts[number] = 0
-            pieces = slot_contents(stores, number)
-        for name, bucket, rows in pieces:
-            slot.add(pack({"store": name, "pane": bucket}, {"rows": rows}))
+            pieces = [(name, Change(*piece)) for name, store in stores.items() for piece in store.slot(number)]
+        for at, (name, change) in enumerate(pieces, counts[number]):
+            head = {"store": name, "pane": change.bucket, "at": at}
+            slot.add(pack({**head, "whole": True} if change.whole else head, {"rows": change.rows}))
         counts[number] += len(pieces)
 
 

@@ -1,4 +1,4 @@
-"""Spine rows that wait until their sources are complete, and those that were computed lately: each is computed once."""
+"""Spine rows that wait until their sources are complete, and recently computed ones, so that each is computed once."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping
 import polars as pl
 
 from schemas.views import FeatureView
+from transforms.features.packed_events import Keys
 from transforms.records.columns import moments_of, with_series
-from transforms.records.row_hashing import row_ids
+from transforms.records.row_hashing import key_hashes, row_ids
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.dead_letters import message_dead_letters
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, digest
-from transforms.streaming.time_buckets import MINUTE, TimeBuckets, key_hashes
+from transforms.streaming.time_buckets import MINUTE, TimeBuckets
 
+# Up to this many new spine rows are looked up one by one.
+FEW = 256
 # Names of the two stores in checkpoints.
 PENDING, KNOWN_SPINE_ROWS = "?pending", "?asked"
 
@@ -44,7 +47,7 @@ class PendingSpineRows:
 
         Args:
             rows: the spine's columns and the origin.
-            watermark: the spine's (µs), before these rows; ALWAYS if there is none yet.
+            watermark: the watermark of the spine (µs) before these rows; ALWAYS if there is none yet.
             since: rows before it (µs) are too late to be computed; ALWAYS: none is.
 
         Returns:
@@ -64,17 +67,18 @@ class PendingSpineRows:
                 self.count(spine, "too_late", len(old))
                 rows = rows.filter(pl.Series(~early))
         rows = with_series(rows, [pl.Series("__late", moments_of(rows, view.time) < watermark)])
-        before = self.known.take(("row_id",), key_hashes(rows, ["row_id"]), ALWAYS, FOREVER)
-        if before or rows["row_id"].n_unique() < len(rows):
-            rows, conflicts = self._distinct(rows, before)
-            dead_letters += conflicts
+        if not self._alone(rows):
+            before = self.known.take(("row_id",), key_hashes(rows, ["row_id"]), ALWAYS, FOREVER)
+            if before or rows["row_id"].n_unique() < len(rows):
+                rows, conflicts = self._distinct(rows, before)
+                dead_letters += conflicts
         if late := int(rows["__late"].sum()):
             self.count(spine, "late_questions", late)
         self.restore(rows, rows)
         return dead_letters
 
     def restore(self, pending: pl.DataFrame, known: pl.DataFrame) -> None:
-        """Adds spine rows that are known to be distinct: those that wait, and all that are known."""
+        """Adds spine rows that are known to be distinct: the pending ones, and all known ones."""
         self.pending.add(pending)
         moments = pl.Series("time", moments_of(known, self.view.time), pl.Int64)
         self.known.add(pl.DataFrame([known["row_id"], moments, known["__digest"]]))
@@ -89,17 +93,26 @@ class PendingSpineRows:
         return ready
 
     def evict(self, bound: int) -> None:
-        """Drops computed spine rows from before `bound` µs: they are too late if they are repeated."""
+        """Drops computed spine rows from before `bound` µs: if such a row is repeated, the repeat is too late
+        anyway."""
         self.known.evict(bound)
 
     def oldest(self) -> int | None:
         """Time of the oldest spine row that waits, µs."""
         return min((int(moments_of(frame, self.view.time).min()) for frame in self.pending.all()), default=None)
 
+    def _alone(self, rows: pl.DataFrame) -> bool:
+        """Whether no row has the id of another one, new or known."""
+        if len(rows) > FEW:
+            return False
+        ids = Keys(rows, [("row_id",)]).distinct(("row_id",))
+        return len(ids.keys) == len(rows) and not self.known.holds(("row_id",), ids)
+
     def _distinct(self, rows: pl.DataFrame, before: list[pl.DataFrame]) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
         """Compares new spine rows with each other and with known ones that have the same ids.
 
-        Identical rows count once.  Of rows with one id that differ, the smallest stays, unless one was computed.
+        Identical rows count once.  Of different rows with the same id, the smallest stays, unless one has been
+        computed.
 
         Returns:
             The rows to add, some of which were pending; and dead letters for the rows that differ.

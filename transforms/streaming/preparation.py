@@ -8,29 +8,29 @@ import uuid
 from collections.abc import Mapping
 
 from schemas.errors import MismatchError, StoreError
-from schemas.live import sources_of
+from schemas.live import live_sources
 from schemas.views import FeatureView
 from transforms.records.frame_packets import Head
 from transforms.records.times import FOREVER, day_of
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri, source_uri, sources_root
-from transforms.streaming.beginnings import HISTORY, of_topic
+from transforms.streaming.beginnings import HISTORY_PARTITION, of_topic
 from transforms.streaming.epochs import take_epoch
 from transforms.streaming.history import Handover
-from transforms.streaming.kafka import Broker, begin_offsets, dead_letters_topic, ensure, topic_of
-from transforms.streaming.kafka_admin import OVERHEAD, check_reachable, size_limit, unread
+from transforms.streaming.kafka import Broker, begin_offsets, dead_letters_topic, ensure_topics, topic_of
+from transforms.streaming.kafka_admin import OVERHEAD, check_reachable, size_limit, unread_offsets
 from transforms.streaming.live_features import Sends
 from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.live_tables import features_record, source_record
 from transforms.streaming.progress import NO_EPOCH, CommitRecord, Epoch, RecoveryPoint
 from transforms.streaming.recovery import find_recovery_point
-from transforms.streaming.replay import Replay
+from transforms.streaming.replay import Replay, stream_digests
 from transforms.streaming.store_owner import claim
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LiveFeaturesJob:
-    """What a live features job shall do.
+    """What a live features job is to do.
 
     Args:
         view: the view whose features are computed.
@@ -51,11 +51,11 @@ class LiveFeaturesJob:
     @property
     def topics(self) -> dict[str, str]:
         """The topic of each source."""
-        return {name: f"{self.settings.prefix}{name}" for name in sources_of(self.view)}
+        return {name: f"{self.settings.prefix}{name}" for name in live_sources(self.view)}
 
     @property
     def stream(self) -> dict[str, object]:
-        """Everything that the offsets of its messages depend on, by the names of flags."""
+        """Everything on which the offsets of its messages depend, by the names of flags."""
         if self.replay is None:
             return {"--source": "kafka", "--topic_prefix": self.settings.prefix}
         values = dataclasses.asdict(self.replay)
@@ -74,14 +74,15 @@ class LiveFeaturesJob:
         return self.broker
 
     def check_and_claim(self) -> None:
-        """Check that the job can start, and note in the store that it belongs to this view and stream.
+        """Checks that the job can start, and records in the store that it belongs to this view and stream.
 
         Raises:
             DefinitionError: a source has no history, and the job does not start without.
-            StoreError: the store belongs to another view or stream.
+            StoreError: the store belongs to another view or stream, or a replay's files have changed since.
         """
         self.handover.check()
-        claim(self.view, self.settings.store, self.stream)
+        rows = None if self.replay is None else stream_digests(self.view, self.replay)
+        claim(self.view, self.settings.store, self.stream, rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ class LiveFeaturesPlan:
 
     Args:
         job: the job.
-        start: the state of the tables, from which the job continues.
+        start: the state of the tables from which the job continues.
         group: the consumer group of the launch; empty for a replay.
         first_available: per topic, first offset by partition that the broker still has; empty for a replay.
         sends: the output topics; None if rows are only written to tables.
@@ -106,7 +107,8 @@ class LiveFeaturesPlan:
 
     @property
     def settings(self) -> LiveSettings:
-        """The settings of the engine.  A replay starts from them; a job on Kafka gets its start as a message."""
+        """The settings of the engine.  For a replay, they contain the recovery point; a job on Kafka gets it as a
+        message."""
         begin = None if self.job.replay is None else self.start
         return dataclasses.replace(self.job.settings, begin=begin, epoch=self.epoch)
 
@@ -116,7 +118,7 @@ class LiveFeaturesPlan:
         return self._due(self.start.next)
 
     def finished_at(self, status: Head) -> bool:
-        """Whether every message is read and committed, and none follows the ends of the partitions.
+        """Whether every message has been read and committed, and no message follows the ends of the partitions.
 
         Args:
             status: of the last commit; empty before the first.
@@ -126,7 +128,7 @@ class LiveFeaturesPlan:
             return False
         due = self._due(record.next)
         try:
-            left = unread(self.job.required_broker(), due)
+            left = unread_offsets(self.job.required_broker(), due)
         except StoreError:  # the next call tries again
             return False
         return all(number in due[topic] and not count for topic, each in left.items() for number, count in each.items())
@@ -136,8 +138,8 @@ class LiveFeaturesPlan:
 
 
 def prepare_live_features(job: LiveFeaturesJob) -> LiveFeaturesPlan:
-    """Load the history that the store lacks, take its tables over from earlier launches, find where to continue, and
-    create missing output topics.
+    """Loads history that the store lacks, takes its tables over from earlier launches, finds where to continue, and
+    creates missing output topics.
 
     Raises:
         DefinitionError: a source has no history, and the job does not start without.
@@ -167,7 +169,7 @@ def output_topics(job: LiveFeaturesJob) -> Sends | None:
         return None
     broker, prefix = job.required_broker(), job.settings.prefix
     topics = topic_of(job.view, prefix), dead_letters_topic(job.view, prefix)
-    ensure(broker, topics)
+    ensure_topics(broker, topics)
     limits = [size_limit(broker, [topic]) for topic in topics]
     properties = {**broker.properties, "message.max.bytes": str(max(limits))}
     sender = dataclasses.replace(broker, properties=properties)
@@ -176,13 +178,13 @@ def output_topics(job: LiveFeaturesJob) -> Sends | None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LiveFeaturesFigures:
-    """The figures of a job: of its last commit, its tables and its topics.
+    """The figures of a job, from its last commit, its tables and its topics.
 
     Args:
         job: the job.
-        record: of the last commit; None if there was none.
+        record: record of the last commit; None if there was none.
         counts: counts of rows by source and by what became of them.
-        rows_out: rows of the live feature table.
+        rows_out: number of rows of the live feature table.
         commit_version: version of that table; None if there is none.
     """
 
@@ -194,7 +196,7 @@ class LiveFeaturesFigures:
 
     @property
     def unaccounted(self) -> int:
-        """Accepted spine rows that have no feature row, are not rejected and do not wait."""
+        """Number of accepted spine rows that have no feature row, are not rejected and are not pending."""
         counts = self.counts[self.job.view.spine.name]
         rejected = sum(counts.get(reason, 0) for reason in ("repeated", "conflicting", "too_late"))
         return counts["rows"] - self.rows_out - rejected - (0 if self.record is None else self.record.pending)
@@ -223,7 +225,7 @@ class LiveFeaturesFigures:
             ended: whether the job has read its sources to their end.
 
         Raises:
-            MismatchError: it has, and spine rows are unaccounted for.
+            MismatchError: the job has, and spine rows are unaccounted for.
         """
         if ended and self.job.settings.table and self.unaccounted:
             raise MismatchError(
@@ -238,7 +240,7 @@ def live_features_figures(job: LiveFeaturesJob, status: Head) -> LiveFeaturesFig
 
     Args:
         job: the job.
-        status: of the last commit; empty if there was none in this run: then the tables have the record.
+        status: status of the last commit; empty if there was none in this run: then the tables have the record.
     """
     store, features = job.settings.store, open_table(job.table)
     records = {name: source_record(store, name) for name in job.topics}
@@ -250,7 +252,7 @@ def live_features_figures(job: LiveFeaturesJob, status: Head) -> LiveFeaturesFig
     counts: dict[str, dict[str, int]] = {}
     for name, own in records.items():
         table = open_table(source_uri(sources_root(store), name))
-        history = 0 if own is None else own.next_of(name).get(HISTORY, 0)
+        history = 0 if own is None else own.next_of(name).get(HISTORY_PARTITION, 0)
         rows = 0 if table is None else sum(file.rows for file in data_files(table))
         known = {} if record is None else record.counts_of(name)
         counts[name] = {**known, "rows": rows - history, "history": history}
@@ -262,11 +264,11 @@ def live_features_figures(job: LiveFeaturesJob, status: Head) -> LiveFeaturesFig
 
 
 def unread_messages(job: LiveFeaturesJob, record: CommitRecord | None) -> dict[str, int]:
-    """Messages after those of a commit, by source; empty if the broker cannot be reached."""
+    """Number of messages after those of a commit, by source; empty if the broker cannot be reached."""
     broker, result = job.required_broker(), dict[str, int]()
     due = {topic: of_topic({} if record is None else record.next_of(name)) for name, topic in job.topics.items()}
     with contextlib.suppress(StoreError):
         check_reachable("The broker", "--bootstrap", broker.bootstrap)
-        left = unread(broker, due)
+        left = unread_offsets(broker, due)
         result = {name: sum(left[topic].values()) for name, topic in job.topics.items() if topic in left}
     return result

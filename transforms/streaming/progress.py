@@ -13,13 +13,13 @@ from transforms.records.frame_packets import Head
 from transforms.records.times import ALWAYS
 from transforms.streaming.beginnings import Beginnings
 from transforms.streaming.completeness import SourceCompleteness
-from transforms.streaming.fates import Memory
+from transforms.streaming.fates import RepeatMemory
 
 # Next offset by source and partition.
 Offsets = Mapping[str, Mapping[int, int]]
 # Number of rows and messages by source and by what became of them.
-Counts = Mapping[str, Mapping[str, int]]
-# The entry of a recovery point's versions that is the live feature table's; no source has such a name.
+CountsBySource = Mapping[str, Mapping[str, int]]
+# The key of the live feature table among a recovery point's versions; no source has this name.
 _FEATURES = "?answers"
 
 
@@ -28,15 +28,15 @@ class Epoch:
     """The place of a launch of a live job among those of its store.
 
     Args:
-        number: greater than that of every earlier launch; 0: it was made before there were epochs.
-        launch: tells launches apart that have one number, since they began with a store without tables.
+        number: greater than the number of every earlier launch; 0: the commit is from before there were epochs.
+        launch: distinguishes launches that have the same number because they began with a store without tables.
     """
 
     number: int = 0
     launch: str = ""
 
     def to_json(self) -> Head:
-        """An entry for a commit's record; none if there are no epochs."""
+        """An entry for a commit's record; empty if there are no epochs."""
         return {"epoch": [self.number, self.launch]} if self.number else {}
 
     @classmethod
@@ -46,7 +46,7 @@ class Epoch:
         return cls(int(number), str(launch))
 
 
-# Of jobs that were made before there were epochs.
+# The epoch of jobs from before there were epochs.
 NO_EPOCH = Epoch()
 
 
@@ -58,14 +58,14 @@ class CommitRecord:
         turn: number of the turn.
         last: whether every partition has reported its end.
         next: next offset by source and partition.
-        completeness: by source.
-        pending: number of spine rows that wait.
-        oldest_pending: time of the oldest of them, µs; None if none waits.
+        completeness: the state of completeness, by source.
+        pending: number of pending spine rows.
+        oldest_pending: time of the oldest of them, µs; None if none is pending.
         horizon: no window that is still needed begins before this time (µs) minus its length.
-        counts: rows and messages by source and by what became of them.
-        beginnings: from when on the store has the rows of each source.
+        counts: number of rows and messages by source and by what became of them.
+        beginnings: the times from which the store has the rows of each source.
         memory: for how long repeats are recognised, by source with `unique`.
-        epoch: of the launch.
+        epoch: epoch of the launch.
     """
 
     turn: int = 0
@@ -75,9 +75,9 @@ class CommitRecord:
     pending: int = 0
     oldest_pending: int | None = None
     horizon: int = ALWAYS
-    counts: Counts = dataclasses.field(default_factory=dict)
+    counts: CountsBySource = dataclasses.field(default_factory=dict)
     beginnings: Beginnings = dataclasses.field(default_factory=Beginnings)
-    memory: Mapping[str, Memory] = dataclasses.field(default_factory=dict)
+    memory: Mapping[str, RepeatMemory] = dataclasses.field(default_factory=dict)
     epoch: Epoch = NO_EPOCH
 
     def next_of(self, source: str) -> Mapping[int, int]:
@@ -132,22 +132,22 @@ class RecoveryPoint:
     Args:
         turn: the last turn that is in some table.
         next: next offset by source and partition.
-        completeness: by source, as its table recorded it.
-        counts: by source, as its table recorded them.
-        versions: of the tables of sources, by source.
-        beginnings: from when on the store has the rows of each source.
-        features_version: of the live feature table; None if there is none.
+        completeness: the state of completeness by source, as its table recorded it.
+        counts: counts by source, as its table recorded them.
+        versions: versions of the tables of sources, by source.
+        beginnings: the times from which the store has the rows of each source.
+        features_version: version of the live feature table; None if there is none.
         memory: for how long repeats are recognised, by source, as its table recorded it.
     """
 
     turn: int
     next: Offsets
     completeness: Mapping[str, SourceCompleteness]
-    counts: Counts
+    counts: CountsBySource
     versions: Mapping[str, int]
     beginnings: Beginnings = dataclasses.field(default_factory=Beginnings)
     features_version: int | None = None
-    memory: Mapping[str, Memory] = dataclasses.field(default_factory=dict)
+    memory: Mapping[str, RepeatMemory] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> Head:
         features = {} if self.features_version is None else {_FEATURES: self.features_version}
@@ -178,7 +178,7 @@ class RecoveryPoint:
 
 
 def offsets_to_json(offsets: Offsets) -> dict[str, dict[str, int]]:
-    """JSON has only text as keys."""
+    """The offsets as JSON, whose keys are text."""
     return {name: {str(number): offset for number, offset in each.items()} for name, each in offsets.items()}
 
 
@@ -195,10 +195,10 @@ def completeness_of_json(value: Head) -> dict[str, SourceCompleteness]:
     return {name: SourceCompleteness.of_json(each) for name, each in value.items()}
 
 
-def memory_to_json(memory: Mapping[str, Memory]) -> Head:
-    """An entry for what holds the memory of sources; none without such sources."""
+def memory_to_json(memory: Mapping[str, RepeatMemory]) -> Head:
+    """An entry with the memory of sources; empty if no source has `unique`."""
     return {"memory": {name: each.to_json() for name, each in memory.items()}} if memory else {}
 
 
-def memory_of_json(value: Head) -> dict[str, Memory]:
-    return {name: Memory.of_json(each) for name, each in value.items()}
+def memory_of_json(value: Head) -> dict[str, RepeatMemory]:
+    return {name: RepeatMemory.of_json(each) for name, each in value.items()}

@@ -1,4 +1,5 @@
-"""Recovery: a job continues from the tables alone, which show what was accepted and computed, and where to read on."""
+"""Recovery: a job continues from the tables alone, which show what was accepted and computed, and where to continue
+reading."""
 
 from __future__ import annotations
 
@@ -7,20 +8,20 @@ from collections.abc import Iterator, Mapping
 
 import polars as pl
 
-from schemas.live import sources_of
+from schemas.live import live_sources
 from schemas.views import FeatureView
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.storage.delta_tables import data_files, open_table, read_file
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.streaming.accepted_rows import SEED_ROWS, AcceptedRows, first_date
-from transforms.streaming.beginnings import HISTORY, Beginnings, of_topic
+from transforms.streaming.beginnings import HISTORY_PARTITION, Beginnings, of_topic
 from transforms.streaming.completeness import SourceCompleteness
-from transforms.streaming.fates import Memory, remembered
-from transforms.streaming.history import checked_record, recorded
+from transforms.streaming.fates import RepeatMemory, remembered
+from transforms.streaming.history import checked_record, recorded_beginnings
 from transforms.streaming.journal import Journal, Turn
 from transforms.streaming.lifetime_store import LifetimeStore
 from transforms.streaming.live_tables import features_record, source_record
-from transforms.streaming.messages import ORIGIN
+from transforms.streaming.messages import ORIGIN_TYPES
 from transforms.streaming.pending_spine_rows import identified
 from transforms.streaming.progress import RecoveryPoint
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, row_identity
@@ -29,21 +30,23 @@ from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, row_identity
 def find_recovery_point(
     view: FeatureView, store: str, begin: Mapping[str, Mapping[int, int]], beginnings: Beginnings | None = None
 ) -> RecoveryPoint:
-    """Where a job continues: after the last commit of each source.
+    """Finds where a job continues: after the last commit of each source.
 
     Args:
         view: the view.
         store: the folder of the tables.
         begin: first offset by source and partition, for sources without a commit.
-        beginnings: from when on the store has the rows of each source; None: as the tables record it.
+        beginnings: the times from which the store has the rows of each source; None: as the tables record them.
     """
     if beginnings is None:
-        beginnings = recorded(view, store, {name: checked_record(view, store, name) for name in sources_of(view)})
+        beginnings = recorded_beginnings(
+            view, store, {name: checked_record(view, store, name) for name in live_sources(view)}
+        )
     features = features_record(view, store)
     turn, offsets = 0 if features is None else features.turn, dict[str, dict[int, int]]()
     completeness, counts = dict[str, SourceCompleteness](), dict[str, Mapping[str, int]]()
-    versions, memory = dict[str, int](), dict[str, Memory]()
-    for name in sources_of(view):
+    versions, memory = dict[str, int](), dict[str, RepeatMemory]()
+    for name in live_sources(view):
         record, committed = source_record(store, name), dict[int, int]()
         if record is not None:
             table = open_table(source_uri(sources_root(store), name))
@@ -54,8 +57,8 @@ def find_recovery_point(
                 memory[name] = record.memory[name]
             committed, turn = dict(record.next_of(name)), max(turn, record.turn)
         offsets[name] = {number: committed.get(number, first) for number, first in begin[name].items()}
-        if HISTORY in committed:
-            offsets[name][HISTORY] = committed[HISTORY]
+        if HISTORY_PARTITION in committed:
+            offsets[name][HISTORY_PARTITION] = committed[HISTORY_PARTITION]
     table = open_table(features_live_uri(store, view.name, view.fingerprint))
     features_version = None if table is None else int(table.version())
     return RecoveryPoint(turn, offsets, completeness, counts, versions, beginnings, features_version, memory)
@@ -74,7 +77,7 @@ def restore_journal(journal: Journal, store: str, start: RecoveryPoint, now: int
     journal.beginnings = start.beginnings
     journal.remember(start.memory, start.next)
     for name, partitions in journal.next.items():
-        for number in of_topic(partitions):  # history is never waited for
+        for number in of_topic(partitions):  # a job never waits for history
             journal.completeness.expect(name, number, now)
             journal.completeness.partitions[name][number].heard = now
     if journal.view.spine.name in start.versions:
@@ -84,13 +87,16 @@ def restore_journal(journal: Journal, store: str, start: RecoveryPoint, now: int
 
 
 def hand_over(journal: Journal, store: str, start: RecoveryPoint) -> list[Turn]:
-    """As `restore_journal`, but with the rows of history alone: a replay sends all others again."""
+    """As `restore_journal`, but only with the rows of history: a replay sends all others again."""
     journal.beginnings = start.beginnings
-    journal.next = {name: {HISTORY: each[HISTORY]} if HISTORY in each else {} for name, each in start.next.items()}
+    journal.next = {
+        name: {HISTORY_PARTITION: each[HISTORY_PARTITION]} if HISTORY_PARTITION in each else {}
+        for name, each in start.next.items()
+    }
     journal.remember(start.memory, start.next)
     journal.advance(0)
     versions = {name: version for name, version in start.versions.items() if journal.next.get(name)}
-    return _seed_shards(journal, store, dataclasses.replace(start, versions=versions), partition=HISTORY)
+    return _seed_shards(journal, store, dataclasses.replace(start, versions=versions), partition=HISTORY_PARTITION)
 
 
 # -- spine rows --------------------------------------------------------------------------------------------------
@@ -114,7 +120,9 @@ def _restore_spine_rows(journal: Journal, store: str, start: RecoveryPoint, now:
         .unique("row_id", keep="first", maintain_order=True)
     )
     pending = spine_rows.join(_computed_ids(store, view, start, low), on="row_id", how="anti")
-    journal.spine_rows.restore(pending.select(*view.spine.schema, *ORIGIN, "row_id", "__digest", "__late"), spine_rows)
+    journal.spine_rows.restore(
+        pending.select(*view.spine.schema, *ORIGIN_TYPES, "row_id", "__digest", "__late"), spine_rows
+    )
 
 
 def _oldest_needed(journal: Journal, store: str, watermark: int) -> int:
@@ -129,7 +137,7 @@ def _oldest_needed(journal: Journal, store: str, watermark: int) -> int:
 
 def _rejected(store: str, view: FeatureView) -> pl.DataFrame:
     """The origins of spine rows that became dead letters."""
-    rejected = [pl.DataFrame(schema={name: ORIGIN[name] for name in ORIGIN_COLUMNS})]
+    rejected = [pl.DataFrame(schema={name: ORIGIN_TYPES[name] for name in ORIGIN_COLUMNS})]
     table = open_table(live_dead_letters_uri(store, view.name))
     for file in () if table is None else data_files(table):
         rows = pl.DataFrame(pl.from_arrow(read_file(file, ["source", "partition", "offset", "place"])))
@@ -156,10 +164,10 @@ def _seed_shards(journal: Journal, store: str, start: RecoveryPoint, partition: 
     """Turns that send the shards every event that a window can still reach, and compacted older ones.
 
     Args:
-        journal: the journal, which also learns the events that a repeat may replace.
+        journal: the journal; it also receives the events that a repeat may replace.
         store: the folder of the tables.
         start: only sources with a version are sent.
-        partition: only events of this partition are sent; None: of all.
+        partition: only events of this partition are sent; None: of all partitions.
     """
     turns: list[Turn] = []
     for name in journal.view.events:
@@ -211,7 +219,7 @@ def _seed_compacted(journal: Journal, accepted: AcceptedRows, until: int, replac
         if group.source == name and group.kind != "none"
     }
     time = pl.col(str(view.events[name].time)).to_physical()
-    for rows in accepted.counted(until, journal.memory.get(name, Memory()), replaced):
+    for rows in accepted.counted(until, journal.memory.get(name, RepeatMemory()), replaced):
         older = rows.filter(time < until)
         for i, each in compacted.items():
             each.restore(i, each.reduced(older))

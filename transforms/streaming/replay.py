@@ -1,29 +1,31 @@
 """Files as a stream: the messages that producers would have sent, in order of arrival, in one Python process.
 
-It needs no broker and no Java, and the steps after the messages are those of a live job.  Rows arrive when they became
-known, or later by a seeded random delay.
+It needs no broker and no Java; the steps after the messages are those of a live job.  Rows arrive when they became
+known, or after a seeded random delay.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import apache_beam as beam
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from schemas.live import sources_of
+from schemas.live import live_sources
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.records.row_hashing import hash_column, mix
+from transforms.records.row_hashing import combine_hashes, hash_column, hash_columns, mix_bits
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import Contract
 from transforms.sources.conversions import without_problems
 from transforms.sources.inventory import spine_contract, survey_files
-from transforms.sources.listing import unchanged
+from transforms.sources.listing import require_unchanged
 from transforms.sources.reader import read_raw
+from transforms.streaming.live_features import contracts_of
 from transforms.streaming.messages import Message, heartbeat, to_arrow, to_json
 
 Ints = npt.NDArray[np.int64]
@@ -38,8 +40,8 @@ class Replay:
         start, end: rows that were known in `[start, end)` µs are sent.
         partitions: number of partitions of every topic.
         disorder: rows arrive up to this much (µs) after they became known; the delay is uniform.
-        seed: of the delays.
-        chunk: messages that arrive within this long (µs) are received together, as from one poll of a broker.
+        seed: the seed of the delays.
+        chunk: messages that arrive within this time (µs) are received together, as from one poll of a broker.
         rows: the most rows of a message.
         format: "arrow" or "json" (one row per message).
     """
@@ -57,22 +59,41 @@ class Replay:
 
 def chunks(view: FeatureView, replay: Replay) -> Iterator[list[Message]]:
     """The messages, chunk by chunk; the last chunk has the heartbeats that end each partition."""
+    yield from chunks_of(view, _read(view, replay), replay)
+
+
+def stream_digests(view: FeatureView, replay: Replay) -> dict[str, str]:
+    """By source, a digest of what the messages of a replay hold: which row comes at which offset.
+
+    Of the rows, it has the columns that are checked and the time: whether another row changes, no feature shows.
+    """
+    contracts = contracts_of(view)
+    return {
+        topic.name: topic.digest(contracts[topic.name].columns) for topic in _topics(view, _read(view, replay), replay)
+    }
+
+
+def _read(view: FeatureView, replay: Replay) -> dict[str, pl.DataFrame]:
+    """The rows of each source."""
     found = {
         name: survey_files(
             replay.root, spine_contract(view) if source is view.spine else Contract(source, tuple(source.schema))
         )
-        for name, source in sources_of(view).items()
+        for name, source in live_sources(view).items()
     }
     # A row that cannot be read from its file cannot be sent either.
     frames = {name: without_problems(read_raw(each.contract, each.slices)) for name, each in found.items()}
-    unchanged(frames, [listing for each in found.values() for listing in each.listings])
-    yield from chunks_of(view, frames, replay)
+    return require_unchanged(frames, [listing for each in found.values() for listing in each.listings])
+
+
+def _topics(view: FeatureView, frames: Mapping[str, pl.DataFrame], replay: Replay) -> list[_Topic]:
+    random = np.random.default_rng(replay.seed)
+    return [_Topic.of(live_sources(view)[name], frame, replay, random) for name, frame in frames.items()]
 
 
 def chunks_of(view: FeatureView, frames: Mapping[str, pl.DataFrame], replay: Replay) -> Iterator[list[Message]]:
     """As `chunks`, from rows in memory."""
-    random = np.random.default_rng(replay.seed)
-    topics = [_Topic.of(sources_of(view)[name], frame, replay, random) for name, frame in frames.items()]
+    topics = _topics(view, frames, replay)
     numbers = np.unique(np.concatenate([topic.arrived // replay.chunk for topic in topics]))
     for number in numbers.tolist():
         start = number * replay.chunk
@@ -87,10 +108,10 @@ class _Topic:
     """The rows of one source in order of arrival.
 
     Args:
-        name: of the topic, which is the source's.
+        name: name of the topic, which is that of the source.
         frame: the rows.
         arrived: when each row arrives, µs.
-        partition: of each row.
+        partition: partition of each row.
         offsets: the next offset by partition.
     """
 
@@ -108,7 +129,9 @@ class _Topic:
         arrived = known + (random.integers(0, replay.disorder, len(known), endpoint=True) if replay.disorder else 0)
         first = next(iter(source.columns))
         keyed = frame[first] if not frame[first].dtype.is_float() else pl.Series(np.arange(len(frame)))
-        partition = (mix(hash_column(keyed)) % np.uint64(replay.partitions)).astype(np.int64) if len(frame) else known
+        partition = (
+            (mix_bits(hash_column(keyed)) % np.uint64(replay.partitions)).astype(np.int64) if len(frame) else known
+        )
         order = np.argsort(arrived, kind="stable")
         return cls(source.name, frame[order], arrived[order], partition[order])
 
@@ -128,6 +151,12 @@ class _Topic:
             offset = self.offsets.get(partition, 0)
             self.offsets[partition] = offset + 1
             yield Message(self.name, partition, offset, int(self.arrived[some[-1]]), None, value)
+
+    def digest(self, columns: Sequence[str]) -> str:
+        """A digest of the time, of some columns and of the partition of each row, in order of arrival."""
+        hashes = hash_columns(self.frame, sorted(columns)).values()
+        rows = combine_hashes([*hashes, self.arrived.view(np.uint64), self.partition.view(np.uint64)])
+        return hashlib.sha256(rows.tobytes() if len(self.arrived) else b"").hexdigest()[:16]
 
     def end(self, partition: int) -> Message:
         """The heartbeat after which nothing follows on a partition."""

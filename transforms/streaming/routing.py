@@ -1,6 +1,6 @@
 """Routing: which rows of a turn each shard gets.
 
-The hash of a group's key names the shard of the group's events and spine rows.
+The hash of a group's key decides the shard of the group's events and spine rows.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import numpy.typing as npt
 import polars as pl
 
 from schemas.views import FeatureView
-from transforms.records.row_hashing import UInt64s
+from transforms.records.row_hashing import UInt64s, key_hashes, keys_hashes
 from transforms.streaming.groups import Group
 from transforms.streaming.step_messages import ShardTables
-from transforms.streaming.time_buckets import key_hashes, keys_hashes
 
 Bools = npt.NDArray[np.bool_]
 
@@ -44,7 +43,8 @@ class TurnRouting:
             tables.old[source] = mine
 
     def add_replaced(self, source: str, identities: pl.Series) -> None:
-        """Adds identities of events that no longer count.  Every shard gets them, as it is not known who has them."""
+        """Adds identities of events that no longer count.  Every shard gets them, because it is not known which shard
+        has the events."""
         for tables in self.tables:
             tables.replaced[source] = identities
 
@@ -74,13 +74,13 @@ class TurnRouting:
         return shards
 
     def _events_by_shard(self, source: str, rows: pl.DataFrame) -> Iterator[tuple[ShardTables, pl.DataFrame]]:
-        """The tables of each shard that needs some of the rows, with these rows."""
+        """The tables of each shard that needs some of the rows, and these rows."""
         for tables, mine in zip(self.tables, self._owners(source, rows), strict=True):
             if mine.any():
                 yield tables, rows if mine.all() else rows.filter(pl.Series(mine))
 
     def _owners(self, source: str, rows: pl.DataFrame) -> list[Bools]:
-        """By shard, which events of a source it needs: those with a key of its own, in any group."""
+        """For each shard, which events of a source it needs: those with one of its keys, in any group."""
         wanted = [np.zeros(len(rows), np.bool_) for _ in self.tables]
         of_source = [group.source_columns for group in self.groups if group.source == source]
         for keys, owner in self._shards_of(rows, of_source).items():
@@ -94,7 +94,7 @@ class TurnRouting:
     def _shards_of(
         self, rows: pl.DataFrame, keys: Sequence[tuple[str, ...]]
     ) -> dict[tuple[str, ...], npt.NDArray[np.int64]]:
-        """By key the shard of each row."""
+        """The shard of each row, by its key."""
         if len(self.tables) == 1:
             return {key: np.zeros(len(rows), np.int64) for key in keys}
         return {key: shard_of(hashes, len(self.tables)) for key, hashes in keys_hashes(rows, keys).items()}

@@ -1,4 +1,4 @@
-"""The origin of a live row: partition, offset and position in its message, and what is derived from them.
+"""The origin of a live row: partition, offset and position in its message, and what is derived from these.
 
 A row's identity is a hash of its origin.  A *cut* is the next offset of every partition at one turn of the journal.
 """
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import polars as pl
 
-from transforms.records.row_hashing import combine, hash_column, hash_columns
+from transforms.records.row_hashing import combine_hashes, hash_column, hash_columns
 
 # Columns of a row's origin, and the column of its identity.
 ORIGIN_COLUMNS = ["__partition", "__offset", "__place"]
@@ -21,11 +21,11 @@ def row_identity(rows: pl.DataFrame) -> pl.Series:
     """The identities of rows, from the columns of their origin."""
     if not len(rows):
         return pl.Series(RID, [], pl.Int64)
-    return pl.Series(RID, combine([hash_column(rows[name]) for name in ORIGIN_COLUMNS]).view(np.int64))
+    return pl.Series(RID, combine_hashes([hash_column(rows[name]) for name in ORIGIN_COLUMNS]).view(np.int64))
 
 
 def digest(rows: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
-    """Hash of the rows' content."""
+    """The hash of each row's content."""
     if not len(rows):
         return pl.Series("__digest", [], pl.UInt64)
     exact = [
@@ -33,7 +33,7 @@ def digest(rows: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
         for name in columns
     ]
     hashed = hash_columns(pl.DataFrame(exact), columns)
-    return pl.Series("__digest", combine([hashed[name] for name in columns]))
+    return pl.Series("__digest", combine_hashes([hashed[name] for name in columns]))
 
 
 def cut_text(offsets: Mapping[str, Mapping[int, int]]) -> str:

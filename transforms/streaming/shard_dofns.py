@@ -17,7 +17,7 @@ from schemas.views import FeatureView
 from transforms.records.columns import with_series
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import now_us
-from transforms.streaming.groups import groups_of
+from transforms.streaming.groups import shard_groups
 from transforms.streaming.live_dimensions import Dimensions
 from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.live_tables import PendingTurns
@@ -115,7 +115,7 @@ class ShardDoFn(beam.DoFn):
 
 @dataclasses.dataclass(eq=False)
 class TurnParts:
-    """What has arrived of a turn that is assembled: its spine rows, and the features of its shards."""
+    """The parts of a turn that have arrived for its assembly: its spine rows, and the features of its shards."""
 
     spine_rows: ReadySpineRows | None = None
     features: list[ShardFeatures] = dataclasses.field(default_factory=list)
@@ -144,7 +144,7 @@ class AssembleDoFn(beam.DoFn):
 
     def setup(self) -> None:
         self.mirror = Mirror[dict[int, TurnParts]]()
-        self.groups = groups_of(self.view)
+        self.groups = shard_groups(self.view)
         kept = f"{self.live.store}/dimensions"
         self.dimensions = Dimensions(self.view, self.live.dimensions, kept, self.live.dimension_every)
 
@@ -199,11 +199,11 @@ class AssembleDoFn(beam.DoFn):
         return TurnFeatures(ready.turn, state, rows, self.dimensions.take_dead_letters())
 
 
-NEVER = unset_timer()
+UNSET = unset_timer()
 
 
 class CommitDoFn(beam.DoFn):
-    """Entries and feature rows of turns → commits: turns in order, an interval at a time.  There is one key."""
+    """Entries and feature rows of turns → commits of turns in order, one commit per interval.  There is one key."""
 
     def __init__(self, view: FeatureView, live: LiveSettings) -> None:
         self.view, self.live = view, live
@@ -218,7 +218,7 @@ class CommitDoFn(beam.DoFn):
         element: KeyedBytes,
         head: ValueState = StateParam(HEAD_SPEC),
         bag: BagState = StateParam(BAG_SPEC),
-        never: Timer = beam.DoFn.TimerParam(NEVER),
+        never: Timer = beam.DoFn.TimerParam(UNSET),
     ) -> Iterator[KeyedBytes]:
         key, envelope = element
         state = read_head(head)
@@ -246,6 +246,6 @@ class CommitDoFn(beam.DoFn):
         write_head(head, state)
         self.mirror.put(key, state["version"], pending)
 
-    @on_timer(NEVER)
+    @on_timer(UNSET)
     def on_never(self) -> None:
         """The timer is never set."""

@@ -1,12 +1,12 @@
-"""What the steps of the live engine send each other, and the one place that turns it into bytes.
+"""The messages between the steps of the live engine, and the only place that converts them to bytes.
 
     start, micro-batches → journal → ShardInput → shard → ShardFeatures ─┐
                               │    → ReadySpineRows ─────────────────────┴→ assembly → TurnFeatures ─┐
                               └────→ TurnEntry ──────────────────────────────────────────────────────┴→ commit
 
-Steps that share a process pass these objects as they are.  Between processes, and in checkpointed state, an object is
-an envelope (see `frame_packets`).  Checkpoints hold envelopes of earlier versions, so the names in envelopes stay, also
-where they are older than the names of the attributes.  Micro-batches are in `micro_batches`.
+Steps that share a process pass these objects unchanged.  Between processes, and in checkpointed state, an object is
+an envelope (see `frame_packets`).  Checkpoints hold envelopes of earlier versions, so the names in envelopes stay, even
+if they are older than the names of the attributes.  Micro-batches are in `micro_batches`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from transforms.streaming.time_buckets import StoreSize
 
 # The names of a few frames: spine rows, rows of a table, and dead letters.
 _SPINE_ROWS, _ROWS, _DEAD_LETTERS = "questions", "rows", "letters"
-# The entry of a turn that has nothing to commit: it lets a commit happen whose interval has passed.
+# The entry of a turn that has nothing to commit: it triggers a commit if the interval has passed.
 TICK = pack({"kind": "tick", "turn": 0})
 
 
 def start_envelope(start: RecoveryPoint) -> bytes:
-    """The first message to the journal: where it continues."""
+    """The first message to the journal, which states where it continues."""
     return pack({"kind": "start", "index": None, "start": start.to_json()})
 
 
 def start_of(envelope: bytes) -> RecoveryPoint | None:
-    """The recovery point in an envelope for the journal; None if it holds micro-batches."""
+    """The recovery point in an envelope for the journal; None if the envelope has micro-batches."""
     head = head_of(envelope)
     return RecoveryPoint.of_json(head["start"]) if head["kind"] == "start" else None
 
@@ -45,9 +45,9 @@ class ShardTables:
 
     Args:
         rows: new events by source.
-        replaced: by source, identities of events that a repeat replaces since it was known earlier.
+        replaced: by source, identities of events that are replaced by a repeat that was known earlier.
         old: by source, events of lifetime windows that the shard keeps only in compacted form.
-        compacted: compacted events by number of their group.
+        compacted: compacted events, by the number of their group.
         spine_rows: spine rows whose features are to be computed: `__position`, time and the keys of the groups.
     """
 
@@ -88,7 +88,7 @@ class ShardInput:
 
     Args:
         turn: number of the turn.
-        number: of this input among those of the shard, which are applied in this order.
+        number: number of this input among those of the shard, which are applied in this order.
         horizon: no window that is still needed begins before this time (µs) minus its length.
         tables: the rows.
         memory: for how long (µs) repeats are recognised, by source with `unique`.
@@ -120,7 +120,7 @@ class ShardFeatures:
         turn: number of the turn.
         shard: number of the shard.
         state: size of the shard's state.
-        columns: by number of a group, its features and the `__position` of their spine rows.
+        columns: for each number of a group, its features and the `__position` of their spine rows.
     """
 
     turn: int
@@ -139,10 +139,10 @@ class ReadySpineRows:
 
     Args:
         turn: number of the turn.
-        shards: number of shards that compute features of them.
+        shards: number of shards that compute features for them.
         cut: what the turn could see (see `row_origin.cut_of`).
         rows: the spine's columns, `row_id`, the origin, `__late` and `__cold`, in the order of `__position`.
-        dimensions: the versions by which keys were looked up, by dimension; None: no key comes from a dimension.
+        dimensions: by dimension, the version in which keys were looked up; None: no key comes from a dimension.
     """
 
     turn: int
@@ -158,7 +158,7 @@ class ReadySpineRows:
 
 
 def assembly_input_of(envelope: bytes) -> ReadySpineRows | ShardFeatures:
-    """What an envelope for the assembly holds."""
+    """The content of an envelope for the assembly."""
     head, frames = unpack(envelope)
     if "parts" in head:
         return ReadySpineRows(head["turn"], head["parts"], head["cut"], frames[_SPINE_ROWS], head.get("dimensions"))
@@ -176,7 +176,7 @@ class TurnEntry:
         spine_rows: number of spine rows whose features the turn computes.
         state: size of the journal's state.
         accepted: accepted rows by source.
-        dead_letters: with the columns `MESSAGE_DEAD_LETTERS`.
+        dead_letters: the dead letters, with the columns `MESSAGE_DEAD_LETTERS`.
     """
 
     record: CommitRecord
@@ -224,7 +224,7 @@ class TurnFeatures:
 
 
 def commit_input_of(envelope: bytes) -> TurnEntry | TurnFeatures | None:
-    """What an envelope for the commits holds; None for `TICK`."""
+    """The content of an envelope for the commits; None for `TICK`."""
     head, frames = unpack(envelope)
     kind = head.get("kind")
     if kind == "tick":
@@ -243,7 +243,7 @@ def commit_input_of(envelope: bytes) -> TurnEntry | TurnFeatures | None:
 
 
 def dead_letters_in(envelope: bytes) -> pl.DataFrame | None:
-    """The dead letters of an envelope for the commits; None if there are none.  Other frames are not decoded then."""
+    """The dead letters of an envelope for the commits; None if there are none.  Other frames are not decoded."""
     return unpack(envelope)[1][_DEAD_LETTERS] if head_of(envelope).get("letters") else None
 
 

@@ -2,10 +2,11 @@
 
 A store has accepted rows, offsets and dead letters by source, and rows are checked by the columns that one view reads.
 The job of a second view on the same store would continue from the offsets of the first one, with rows that were checked
-for another view.  The first job on a store writes the owner to a file there.  If the file is missing, the tables
-show it.
+for another view.  The first job on a store writes the owner to a file there.  If the file is missing, the owner follows
+from the tables.
 
-Offsets are only valid in their own stream: the flags of a replay decide its offsets, the topics of Kafka theirs.
+Offsets are only valid in their own stream: the flags and files of a replay decide its offsets, the topics of Kafka
+theirs.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from schemas.live import repeats_by
 from schemas.views import FeatureView
 from transforms.records.frame_packets import Head
 from transforms.sources.contracts import check_rows
-from transforms.storage.delta_tables import data_files, open_table, read_file, write_aside
+from transforms.storage.delta_tables import data_files, open_table, read_file, write_file_atomically
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root, tables_below
-from transforms.storage.stored_json import parse_object, read_regular, understood
+from transforms.storage.stored_json import explain_damage, parse_object, read_regular
 from transforms.streaming.beginnings import of_topic
 from transforms.streaming.live_features import contracts_of
 from transforms.streaming.live_tables import application_of, source_record
@@ -41,33 +42,36 @@ class Owner:
 
     Args:
         view: name of the view.
-        fingerprint: of the view.
-        sources: what decides which rows are accepted, by source.
-        stream: everything that the offsets depend on, by the names of flags; None: it is not known.
+        fingerprint: fingerprint of the view.
+        sources: by source, everything that decides which rows are accepted.
+        stream: everything on which the offsets depend, by the names of flags; None: it is not known.
+        rows: of a replay, digests of what its messages hold, by source; None: there are none.
     """
 
     view: str
     fingerprint: str
     sources: Mapping[str, CheckedColumns]
     stream: Mapping[str, object] | None = None
+    rows: Mapping[str, str] | None = None
 
     @classmethod
-    def of(cls, view: FeatureView, stream: Mapping[str, object] | None) -> Owner:
+    def of(cls, view: FeatureView, stream: Mapping[str, object] | None, rows: Mapping[str, str] | None = None) -> Owner:
         sources = {
             name: CheckedColumns(tuple(sorted(contract.columns)), tuple(sorted(repeats_by(view, name))))
             for name, contract in contracts_of(view).items()
         }
-        return cls(view.name, view.fingerprint, sources, None if stream is None else dict(stream))
+        return cls(view.name, view.fingerprint, sources, None if stream is None else dict(stream), rows)
 
     def after(self, known: Owner) -> Owner:
-        """This owner, with what an earlier job noted of other sources and of the stream."""
-        stream = known.stream if self.stream is None else self.stream
-        return dataclasses.replace(self, sources={**known.sources, **self.sources}, stream=stream)
+        """This owner, with other sources and the stream that an earlier job recorded."""
+        stream, rows = (self.stream, self.rows) if self.stream is not None else (known.stream, known.rows)
+        return dataclasses.replace(self, sources={**known.sources, **self.sources}, stream=stream, rows=rows)
 
     def to_text(self) -> str:
         sources = {name: dataclasses.asdict(each) for name, each in self.sources.items()}
         stream = {} if self.stream is None else {"stream": self.stream}
-        note = {"view": self.view, "fingerprint": self.fingerprint, "sources": sources, **stream}
+        rows = {} if self.rows is None else {"rows": self.rows}
+        note = {"view": self.view, "fingerprint": self.fingerprint, "sources": sources, **stream, **rows}
         return json.dumps(note, indent=2) + "\n"
 
     @classmethod
@@ -78,7 +82,9 @@ class Owner:
             name: CheckedColumns(tuple(each["columns"]), tuple(each["repeats_by"]))
             for name, each in note["sources"].items()
         }
-        return cls(note["view"], note["fingerprint"], sources, note.get("stream"))
+        rows = note.get("rows")
+        digests = None if rows is None else {str(name): str(each) for name, each in rows.items()}
+        return cls(note["view"], note["fingerprint"], sources, note.get("stream"), digests)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,19 +95,25 @@ class CheckedColumns:
     repeats_by: tuple[str, ...]
 
 
-def claim(view: FeatureView, store: str, stream: Mapping[str, object] | None = None) -> None:
+def claim(
+    view: FeatureView,
+    store: str,
+    stream: Mapping[str, object] | None = None,
+    rows: Mapping[str, str] | None = None,
+) -> None:
     """Writes the owner of a store, or checks that it is this view and stream.
 
     Args:
         view: the view.
         store: the folder of the tables.
-        stream: everything that the offsets depend on; None: it is not checked.
+        stream: everything on which the offsets depend; None: it is not checked.
+        rows: of a replay, digests of what its messages hold, by source.
 
     Raises:
         StoreError: the store belongs to another view, to a definition of the view that reads other columns, or to
             another stream.  Nothing was written.
     """
-    mine = Owner.of(view, stream)
+    mine = Owner.of(view, stream, rows)
     known = _read(store)
     if known is None:
         _check_tables(view, store)
@@ -111,14 +123,15 @@ def claim(view: FeatureView, store: str, stream: Mapping[str, object] | None = N
                 with open(os.path.join(store, OWNER), "x") as handle:
                     handle.write(mine.to_text())
                 return
-            except FileExistsError:  # another job started at the same moment
+            except FileExistsError:  # another job started at the same time
                 known = _read(store) or mine
     if known is not None:
         _check_note(view, store, mine, known)
         _check_stream(view, store, mine, known)
+        _check_replayed(view, store, mine, known)
         mine = mine.after(known)
     if mine != known:
-        write_aside(store, OWNER, pa.py_buffer(mine.to_text().encode()))
+        write_file_atomically(store, OWNER, pa.py_buffer(mine.to_text().encode()))
 
 
 def _read(store: str) -> Owner | None:
@@ -126,7 +139,7 @@ def _read(store: str) -> Owner | None:
     if not FileSystems.exists(path):
         return None
     fix = "Remove that file: the tables show the owner too"
-    with understood("The owner of a live store is written down as JSON", path, fix):
+    with explain_damage("The owner of a live store is written down as JSON", path, fix):
         return Owner.of_text(read_regular(path))
 
 
@@ -160,6 +173,19 @@ def _has_read(view: FeatureView, store: str) -> bool:
     return any(of_topic(offsets) for each in records if each is not None for offsets in each.next.values())
 
 
+def _check_replayed(view: FeatureView, store: str, mine: Owner, known: Owner) -> None:
+    """Checks that the files of a replay hold the messages that the store has read, whenever they were written."""
+    if known.rows is None or mine.rows is None or not _has_read(view, store):
+        return
+    changed = sorted(name for name, digest in mine.rows.items() if known.rows.get(name, digest) != digest)
+    if changed:
+        raise StoreError(
+            "A replay continues with the rows that it began with: with other rows the same offsets mean other messages",
+            f"files of {', '.join(changed)} that have changed since {store} was written",
+            "Restore the files, or replay them into another --store",
+        )
+
+
 def _check_tables(view: FeatureView, store: str) -> None:
     """Like `_check_note`, for a store without the file."""
     if "://" not in store and not os.path.isdir(store):
@@ -173,7 +199,7 @@ def _check_tables(view: FeatureView, store: str) -> None:
         table = open_table(live_dead_letters_uri(store, other))
         if (
             table is not None and table.transaction_version(application_of(f"{other}/letters")) is not None
-        ):  # not a model's
+        ):  # the table is not that of a model
             _refuse_view(view, store, other, live_dead_letters_uri(store, other))
     if computed and open_table(features_live_uri(store, view.name, view.fingerprint)) is None:
         _check_rows(view, store)

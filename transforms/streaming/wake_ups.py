@@ -1,8 +1,8 @@
 """Wake-up timers: a keyed step sets one timer, and its state records when that timer fires.
 
-A step sets a timer when it has work left and no further input may arrive.  Setting a timer costs a way through the
-runner, so a timer that fires early enough is left as it is.  A recorded time that has long passed belongs to a timer
-that a runner has lost, and does not count.
+A step sets a timer when it has work left and no further input may arrive.  Setting a timer costs a round trip through
+the runner, so a timer that fires early enough is left unchanged.  A recorded time that has long passed belongs to a
+timer that a runner has lost, and does not count.
 
 Each DoFn makes its own `TimerSpec`, since Beam attaches one callback to each:
 
@@ -44,8 +44,8 @@ def wake_timer() -> TimerSpec:
 def unset_timer() -> TimerSpec:
     """Returns a new timer that a step declares and never sets.
 
-    Prism 2.77 takes a full core for as long as it runs a step that has neither an output nor a timer: it polls for
-    outputs of which there are none.  A declared timer gives it something to wait for.
+    Prism 2.77 uses a full core while it runs a step that has neither an output nor a timer, because it keeps polling
+    for outputs.  A declared timer gives it something to wait for.
     """
     return TimerSpec("never", TimeDomain.WATERMARK)
 

@@ -1,9 +1,9 @@
 """From a feature table to a registered model.
 
-A feature row gets its label and its split (`MakeExamples`) and is written to TFRecord and Parquet.  `Fit` fits the
-encoders on the training split.  `Train` runs the trials of the search and keeps the best model.  `examine` checks the
-data, `Compare` scores the champion on the same test rows, and `publish` registers the model and moves the alias if all
-gates hold.
+A feature row gets its label and its split (`MakeExamples`) and is written to TFRecord and Parquet.  `FitEncoders` fits
+the encoders on the training split.  `Train` runs the trials of the search and keeps the best model.  `check_data`
+checks the data, `CompareWithChampion` scores the champion on the same test rows, and `publish_trained_model` registers
+the model and moves the alias if all gates hold.
 """
 
 from typing import TYPE_CHECKING
@@ -11,29 +11,29 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
-    from transforms.training.champion_comparison import Challenge, Compare
-    from transforms.training.data_checks import STATISTICS, Leaks, examine, model_columns
+    from transforms.training.champion_comparison import Challenge, CompareWithChampion
+    from transforms.training.data_checks import STATISTICS, FindLeaks, check_data, model_columns
     from transforms.training.examples import (
-        FOLDER,
+        EXAMPLES_FOLDER,
         ExamplePlan,
         ExamplesAccount,
         MakeExamples,
         add_accounts,
-        checked,
         delete_files,
         read_shard,
+        require_usable,
         shards_to_test,
     )
-    from transforms.training.fit_encoders import Fit, declared
+    from transforms.training.fit_encoders import FitEncoders, declared_inputs
     from transforms.training.float32_checks import lost_digits
-    from transforms.training.hyperparameter_search import trials
+    from transforms.training.hyperparameter_search import first_trials
     from transforms.training.preparation import (
         TrainingRequest,
         code_digest,
         constraints_digest,
+        path_within_source,
+        path_within_store,
         prepare_training,
-        relative_to,
-        within,
     )
     from transforms.training.publish_model import (
         BUNDLE,
@@ -42,15 +42,15 @@ if TYPE_CHECKING:
         Publication,
         RunOutcome,
         failed_gates,
-        publish,
+        publish_trained_model,
         read_record,
         register_model,
         register_run,
         rival_of,
     )
     from transforms.training.trainer import BundleRequest, Study, Train, Trained, save_best
-    from transforms.training.trial_log import metrics_of
-    from transforms.training.unseen_categories import unseen
-    from transforms.training.xgboost_data import until
+    from transforms.training.trial_log import logged_metrics
+    from transforms.training.unseen_categories import warn_of_unseen
+    from transforms.training.xgboost_data import examples_of_fold
 
 import_when_used(__name__)

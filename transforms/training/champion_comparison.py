@@ -1,5 +1,5 @@
-"""Evaluation of the champion on a challenger's test rows, if need be with its own feature table's rows of the same
-times."""
+"""Evaluation of the champion on a challenger's test rows, if necessary with the rows of its own feature table for the
+same times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transforms.evaluation.evaluate import Evaluate, Report
 from transforms.evaluation.gates import Rival, may_know
 from transforms.models.bundle import Bundle
 from transforms.models.registry import Registry
-from transforms.models.scoring import Pinned, Score, open_scorer
+from transforms.models.scoring import PinnedModel, Score, open_scorer
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_uri
 from transforms.training.champion_rows import OwnRows, OwnTable
@@ -47,7 +47,7 @@ class Challenge:
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
-class Compare(beam.PTransform):
+class CompareWithChampion(beam.PTransform):
     """PCollection[RecordBatch] of test examples → one `Rival`: the champion's report on these rows, or why it has none.
 
     The champion is looked up and loaded when the graph is built.
@@ -77,11 +77,11 @@ class ChampionComparison:
 
     Args:
         pinned: the champion.
-        caveats: of the comparison (see `Rival`).
-        own: its own feature table, if it reads other features.
+        caveats: notes on the comparison (see `Rival`).
+        own: its own feature table, if it reads other features than the challenger.
     """
 
-    pinned: Pinned
+    pinned: PinnedModel
     caveats: str
     own: OwnTable | None = None
 
@@ -104,7 +104,7 @@ def comparison(challenge: Challenge, split: Split) -> ChampionComparison | Rival
         if (version := rival_of(registry, model.name, challenge.run_id)) is None:
             return Rival()
         _, folder = registry.resolve(model.name, version)
-        pinned = Pinned(folder, version)
+        pinned = PinnedModel(folder, version)
         bundle = open_scorer(pinned, challenge.threads).bundle
     except MillraceError as error:
         log.warning("no champion to compare with: %s", error)

@@ -16,12 +16,12 @@ import pyarrow as pa
 from schemas import Model
 from schemas.splits import LABEL
 from transforms.evaluation.gates import Verdict
-from transforms.models.encoders import Encoding, column_of, distinguished, numbers
+from transforms.models.encoders import Encoding, as_distinct_values, as_doubles, input_column
 from transforms.records.exact_sums import UNIT, Floats, exact_squares, exact_sum, integer_sums
 from transforms.training.examples import schema_of
-from transforms.training.fit_encoders import declared
-from transforms.validation.statistics import described
-from transforms.validation.tfdv_schema import infer_schema, measured, parse_statistics, schema_text
+from transforms.training.fit_encoders import declared_inputs
+from transforms.validation.statistics import columns_described
+from transforms.validation.tfdv_schema import infer_schema, measure_drift, parse_statistics, schema_text
 
 if TYPE_CHECKING:
     from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatisticsList
@@ -30,8 +30,8 @@ log = logging.getLogger("millrace.training")
 
 # Files of a bundle beside the model.
 STATISTICS, SCHEMA = "statistics.pb", "schema.pbtxt"
-# An input leaks the label if it has at most `FEW` values with on average at least `LEAST_ROWS` rows, and each value
-# goes with one label only.
+# An input leaks the label if it has at most `FEW` values, with at least `LEAST_ROWS` rows on average, and each value
+# occurs with only one label.
 FEW, LEAST_ROWS = 20, 5
 # It also does if more than this share of the label's variance lies between its values.
 MOST = 0.8
@@ -46,7 +46,7 @@ class Findings:
     Args:
         drift: distance, 0 … 1, of each column of the training split from the champion's: the Jensen–Shannon divergence
             of numbers, the greatest change of a value's share of strings; empty without a champion.
-        skew: the same distance of the test split from the training split.
+        skew: the same distance between the test split and the training split.
         champion: version whose training data were compared.
         warnings: sentences, each naming an input.
     """
@@ -69,7 +69,7 @@ class Findings:
 
 def model_columns(model: Model) -> pa.Schema:
     """The columns of which statistics are computed: inputs and label."""
-    return described(schema_of(model), [*model.inputs, LABEL])
+    return columns_described(schema_of(model), [*model.inputs, LABEL])
 
 
 def bundle_files(statistics: DatasetFeatureStatisticsList, model: Model) -> dict[str, bytes]:
@@ -83,22 +83,22 @@ def distances(
 ) -> dict[str, float]:
     """Distance, 0 … 1, of each column that both statistics have."""
     shared = {feature.path.step[0] for feature in before.datasets[0].features}
-    found = measured(infer_schema(now, columns), now, before)
+    found = measure_drift(infer_schema(now, columns), now, before)
     return {name: value for name, value in sorted(found.items()) if name in shared}
 
 
-def examine(
+def check_data(
     learnt: DatasetFeatureStatisticsList,
     tested: DatasetFeatureStatisticsList,
     leaks: Mapping[str, str],
     model: Model,
     champion: tuple[str, bytes] | None,
 ) -> Findings:
-    """What there is to say; warnings go to the log too.
+    """Checks the data; warnings are logged too.
 
     Args:
         learnt, tested: statistics of the training and of the test split.
-        leaks: see `Leaks`.
+        leaks: see `FindLeaks`.
         champion: its version and its training data's statistics, serialised.
     """
     columns = model_columns(model)
@@ -110,12 +110,13 @@ def examine(
 
 
 def _dull(statistics: DatasetFeatureStatisticsList) -> Iterable[str]:
-    """Warnings of inputs with no or one value, and of a constant label."""
+    """Warnings about inputs with no value or only one, and about a constant label."""
     for feature in statistics.datasets[0].features:
         name = feature.path.step[0]
         number = feature.WhichOneof("stats") == "num_stats"
         stats = feature.num_stats if number else feature.string_stats
-        # Minimum and maximum would not do: they are doubles, which integers beyond 2^53 may share.
+        # Minimum and maximum are not sufficient: they are doubles, and different integers beyond 2^53 may be the same
+        # double.
         constant = (stats.std_dev == 0) if number else stats.unique == 1
         if name == LABEL:
             if constant:
@@ -145,7 +146,7 @@ class Level:
         least, most = float(labels.min()), float(labels.max())
         if (
             max(-least, most) <= _SMALL and (labels == np.floor(labels)).all()
-        ):  # as of classes: integers are exact, and quicker
+        ):  # such as classes: integers are exact, and faster
             total, squares = integer_sums(labels.astype(np.int64))
             return cls(least, most, len(labels), total << UNIT, squares << 2 * UNIT)
         return cls(least, most, len(labels), exact_sum(labels), exact_squares(labels))
@@ -162,7 +163,7 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Suspect:
-    """Counts of an input's values and the labels that go with them.
+    """Counts of an input's values, and of the labels of each.
 
     Args:
         rows: rows with a value.
@@ -177,8 +178,8 @@ class Suspect:
     @classmethod
     def of(cls, each: Encoding, column: pa.Array, label: pl.Series) -> Suspect:
         strings = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-        values = None if strings or pa.types.is_temporal(column.type) else numbers(column)
-        rows = pl.DataFrame({"x": pl.from_arrow(distinguished(column)), "y": label.cast(pl.Float64)}).drop_nulls()
+        values = None if strings or pa.types.is_temporal(column.type) else as_doubles(column)
+        rows = pl.DataFrame({"x": pl.from_arrow(as_distinct_values(column)), "y": label.cast(pl.Float64)}).drop_nulls()
         equal = 0 if values is None else int(np.count_nonzero(values.astype(np.float32) == label.to_numpy()))
         # Most inputs have more values than `FEW` among their first rows.
         if rows["x"].head(_FIRST).n_unique() > FEW or rows["x"].n_unique() > FEW:
@@ -219,28 +220,28 @@ class Suspect:
         """Share of the label's variance that lies between the input's values (Pearson's correlation ratio, squared)."""
         levels = list((self.levels or {}).values())
         rows, total = sum(each.rows for each in levels), sum(each.sum for each in levels)
-        # Both are multiplied by rows, as integers: for labels far from 0 doubles would cancel.
+        # Both are multiplied by the number of rows, as integers: with doubles, labels far from 0 would cancel.
         whole = rows * sum(each.squares for each in levels) - total * total
         between = sum(Fraction(rows * each.sum**2, each.rows) for each in levels) - total * total
         return float(between / whole) if whole > 0 else 0.0
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets its type hints
-class Leaks(beam.CombineFn):
+class FindLeaks(beam.CombineFn):
     """RecordBatches of training examples → a warning for each input that equals or determines the label."""
 
     encodings: tuple[Encoding, ...]
 
     @classmethod
-    def of(cls, model: Model) -> Leaks:
-        return cls(declared(model))
+    def of(cls, model: Model) -> FindLeaks:
+        return cls(declared_inputs(model))
 
     def create_accumulator(self) -> dict[str, Suspect]:
         return {}
 
     def add_input(self, state: dict[str, Suspect], batch: pa.RecordBatch) -> dict[str, Suspect]:
         label = pl.Series("y", pl.from_arrow(batch.column(batch.schema.get_field_index(LABEL))))
-        found = {each.input: Suspect.of(each, column_of(batch, each), label) for each in self._open(state)}
+        found = {each.input: Suspect.of(each, input_column(batch, each), label) for each in self._open(state)}
         return self.merge_accumulators([state, found])
 
     def _open(self, state: dict[str, Suspect]) -> list[Encoding]:

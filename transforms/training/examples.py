@@ -26,19 +26,19 @@ from transforms.records.times import midnight
 from transforms.sources.contracts import Contract
 from transforms.sources.conversions import Twice
 from transforms.sources.inventory import survey_files
-from transforms.sources.listing import Listing, unchanged
+from transforms.sources.listing import Listing, require_unchanged
 from transforms.sources.reader import ReadOptions, read_slices, repeats_of, without_repeats
 from transforms.sources.slices import Slices
-from transforms.storage.date_spans import UNREADABLE
-from transforms.storage.delta_tables import DataFile, groups, read_group, write_aside
+from transforms.storage.date_spans import TABLE_READ_ERRORS
+from transforms.storage.delta_tables import DataFile, file_groups, read_group, write_file_atomically
 from transforms.storage.file_systems import FileSystems, require_regular
 from transforms.storage.tfrecord_codec import gzipped
 from transforms.training import labels
-from transforms.training.labels import Counts
+from transforms.training.labels import LabelCounts
 
 # Rows of a Parquet row group, which is what a reader of examples keeps in memory.
 GROUP_ROWS = 1 << 15
-FOLDER = "examples"
+EXAMPLES_FOLDER = "examples"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ExamplePlan:
 
     @property
     def alone(self) -> ExamplePlan:
-        """The plan without its blocks, which are elements of the graph and need not be pickled again."""
+        """The plan without its blocks, which are elements of the graph, so they need not be pickled again."""
         return dataclasses.replace(self, blocks=())
 
 
@@ -104,7 +104,7 @@ class ExampleShard:
 
 @dataclasses.dataclass(frozen=True)
 class ExamplesAccount:
-    """Counts of what became of feature rows: `rows = outside + waiting + dropped + entered` over all splits.
+    """Counts of what became of feature rows: `rows` = outside + waiting + dropped + entered, over all splits.
 
     Args:
         rows: feature rows that were read.
@@ -115,7 +115,7 @@ class ExamplesAccount:
     """
 
     rows: int = 0
-    counts: Mapping[str, Counts] = dataclasses.field(default_factory=dict)
+    counts: Mapping[str, LabelCounts] = dataclasses.field(default_factory=dict)
     labels: Mapping[str, Mapping[float, int]] = dataclasses.field(default_factory=dict)
     shards: tuple[ExampleShard, ...] = ()
     rounded: int = 0
@@ -139,7 +139,7 @@ class ExampleRequest:
         sources: folder of the label's source.
         folder: folder that the examples are written to.
         split: bounds of the splits.
-        now: µs since 1970; events stamped later are not known yet.
+        now: µs since 1970; events with a later time are not known yet.
         tfrecords: whether to write TFRecord files beside Parquet.
         version: version of the label's source, if it is a Delta table.
     """
@@ -168,7 +168,7 @@ def plan_examples(files: Iterable[DataFile], request: ExampleRequest) -> Example
     )
     surveyed = survey_files(request.sources, contract, request.version)
     contract, slices = surveyed.contract, surveyed.slices
-    parts = list(groups(file for file in files if _midnight(file.date) < split.cutoff))
+    parts = list(file_groups(file for file in files if _midnight(file.date) < split.cutoff))
     if not parts:
         raise DataError(
             "There are features before the cutoff",
@@ -243,7 +243,8 @@ def make_examples(plan: ExamplePlan, block: ExampleBlock) -> tuple[dict[str, pa.
 
 
 def _rounded() -> pl.Expr:
-    """Whether float32 rounds a whole-number label; beyond 2^53 every one counts, since doubles are rounded already."""
+    """Whether float32 rounds a whole-number label; beyond 2^53 every label counts, because doubles are rounded
+    already."""
     label = pl.col(LABEL)
     beyond = (label == label.round()) & (label.cast(pl.Float32).cast(pl.Float64) != label)
     return (label.abs() > 1 << 24) & (beyond | (label.abs() > 1 << 53))
@@ -261,13 +262,13 @@ def write_shard(plan: ExamplePlan, split: str, block: ExampleBlock, rows: pa.Rec
     table = pa.Table.from_batches([rows])
     pq.write_table(table, sink, row_group_size=GROUP_ROWS, compression="lz4", use_dictionary=strings)
     if plan.tfrecords:
-        write_aside(plan.folder, f"{name}.tfrecord.gz", pa.py_buffer(b"".join(records)))
-    write_aside(plan.folder, f"{name}.parquet", sink.getvalue())
+        write_file_atomically(plan.folder, f"{name}.tfrecord.gz", pa.py_buffer(b"".join(records)))
+    write_file_atomically(plan.folder, f"{name}.parquet", sink.getvalue())
     return ExampleShard(split, block.index, FileSystems.join(plan.folder, f"{name}.parquet"), rows.num_rows)
 
 
 def shards_to_test(trained: object, account: ExamplesAccount) -> list[ExampleShard]:
-    """The shards of the test split; `trained` only makes this step wait for training."""
+    """The shards of the test split; `trained` is an input only so that this step waits for training."""
     return account.of("test")
 
 
@@ -284,7 +285,7 @@ def read_shard(shard: ExampleShard, columns: Sequence[str] | None = None) -> Ite
         else:
             require_regular(shard.path)
             yield from _row_groups(pq.ParquetFile(shard.path), columns)
-    except UNREADABLE as error:
+    except TABLE_READ_ERRORS as error:
         reason = (str(error).splitlines() or ["unreadable"])[0]
         raise StoreError(
             "Examples can be read while they are trained on", f"{shard.path}: {reason}", "Run the same command again"
@@ -333,7 +334,7 @@ class _Make(beam.DoFn):
 
 def add_accounts(accounts: Iterable[ExamplesAccount]) -> ExamplesAccount:
     """The sum of accounts, the same in any order of merging."""
-    rows, rounded, counts, shards = 0, 0, dict.fromkeys(SPLITS, Counts()), set()
+    rows, rounded, counts, shards = 0, 0, dict.fromkeys(SPLITS, LabelCounts()), set()
     seen: dict[str, dict[float, int]] = {name: {} for name in SPLITS}
     for each in accounts:
         rows += each.rows
@@ -347,14 +348,14 @@ def add_accounts(accounts: Iterable[ExamplesAccount]) -> ExamplesAccount:
     return ExamplesAccount(rows, counts, seen, ordered, rounded)
 
 
-def checked(account: ExamplesAccount, plan: ExamplePlan) -> ExamplesAccount:
+def require_usable(account: ExamplesAccount, plan: ExamplePlan) -> ExamplesAccount:
     """Return `account` if every row is accounted for and every split can be used; delete files of earlier attempts.
 
     Raises:
         DataError: see `labels.check`; a file of the label's source was removed or replaced meanwhile.
     """
-    unchanged(account, () if plan.listing is None else (plan.listing,))
-    labels.check(plan.model.objective, account.counts, account.labels)
+    require_unchanged(account, () if plan.listing is None else (plan.listing,))
+    labels.check_splits(plan.model.objective, account.counts, account.labels)
     for name, count in account.counts.items():
         written = sum(each.rows for each in account.of(name))
         if (

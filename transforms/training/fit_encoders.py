@@ -21,20 +21,20 @@ from transforms.models.encoders import (
     EncoderState,
     Encoding,
     Fitted,
-    column_of,
+    as_categories,
+    as_doubles,
+    as_int64,
     columns_needed,
-    integers,
+    input_column,
     is_whole,
-    numbers,
-    texts,
 )
-from transforms.records.exact_sums import Bins, Counts, Floats, Moments, exact_sum, group_sums, ratio
+from transforms.records.exact_sums import Bins, Counts, Floats, Moments, as_fraction, exact_sum, group_sums
 
-# Most distinct values of which quantiles are exact; beyond, values are rounded to about 11 leading bits.
+# The most distinct values for which quantiles are exact; with more, values are rounded to about 11 leading bits.
 QUANTILE_BINS = 1 << 16
 
 
-def declared(model: Model) -> tuple[Encoding, ...]:
+def declared_inputs(model: Model) -> tuple[Encoding, ...]:
     """The model's inputs in order, before fitting."""
     schema = model.view.output_schema
     return tuple(Encoding(name, str(schema.field(name).type), model.encode.get(name)) for name in model.inputs)
@@ -42,7 +42,7 @@ def declared(model: Model) -> tuple[Encoding, ...]:
 
 def fit(model: Model, batches: Iterable[pa.RecordBatch]) -> Fitted:
     """Fit the model's encoders on `batches` of its training split."""
-    fitting = Fitting(declared(model))
+    fitting = Fitting(declared_inputs(model))
     state = fitting.create_accumulator()
     for batch in batches:
         state = fitting.add_input(state, batch)
@@ -50,7 +50,7 @@ def fit(model: Model, batches: Iterable[pa.RecordBatch]) -> Fitted:
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label
-class Fit(beam.PTransform):
+class FitEncoders(beam.PTransform):
     """PCollection of RecordBatches of training examples → one `Fitted`.
 
     Batches have the model's inputs, and the column `__label` if an encoder is fitted to labels.
@@ -140,8 +140,8 @@ class Ranks:
     Args:
         moments: least and greatest integer.
         bins: histogram of the integers as doubles.
-        whole: histogram of the integers themselves; None once it would have to round them, which depends on their
-            number and not on the order of merging.
+        whole: histogram of the integers themselves; None once it would have to round them; this depends on their number
+            and not on the order of merging.
     """
 
     moments: Moments
@@ -209,19 +209,19 @@ def _part(each: Encoding, batch: pa.RecordBatch) -> PartialFit | None:
     passed = encoder is None or _given(encoder)
     if passed and not is_whole(each.type) and (encoder is None or each.type != "double"):
         return None
-    column = column_of(batch, each)
+    column = input_column(batch, each)
     if isinstance(encoder, encoders.Target):
-        return Vocabulary.of(texts(column), numbers(batch.column(batch.schema.get_field_index(LABEL))))
+        return Vocabulary.of(as_categories(column), as_doubles(batch.column(batch.schema.get_field_index(LABEL))))
     if isinstance(encoder, encoders.Ordinal):
-        return Vocabulary.of(texts(column))
+        return Vocabulary.of(as_categories(column))
     ranked = isinstance(encoder, encoders.Robust | encoders.Bucketize) or encoder == encoders.Impute("median")
     if is_whole(each.type):
-        whole, known = integers(column)
+        whole, known = as_int64(column)
         whole = whole if known.all() else whole[known]
         if passed:
             return Moments(len(whole), least=int(whole.min()), greatest=int(whole.max())) if len(whole) else None
         return Ranks.of(whole) if ranked else Moments.of_integers(whole)
-    values = numbers(column)
+    values = as_doubles(column)
     if isinstance(encoder, encoders.Impute) and each.type == "double":
         return Doubles(Moments.of(values), Bins.of(values, QUANTILE_BINS))
     return Bins.of(values, QUANTILE_BINS) if ranked else Moments.of(values)
@@ -301,10 +301,10 @@ def _around(interior: Fraction, scale: float) -> EncoderState:
 
 
 def _target(encoder: encoders.Target, part: Vocabulary) -> EncoderState:
-    prior = float(ratio(part.total) / part.rows) if part.rows else 0.0
+    prior = float(as_fraction(part.total) / part.rows) if part.rows else 0.0
     names = sorted(part.counts)
     means = [
-        (float(ratio(part.sums[name])) + encoder.smoothing * prior) / (part.counts[name] + encoder.smoothing)
+        (float(as_fraction(part.sums[name])) + encoder.smoothing * prior) / (part.counts[name] + encoder.smoothing)
         for name in names
     ]
     return {"categories": names, "means": means, "prior": prior}

@@ -13,7 +13,7 @@ from schemas import Model
 from schemas.errors import DataError, DefinitionError
 from schemas.models import RISING, Params
 
-# Parameters that the model sets and `params` may not; the device is a flag of the run.
+# Parameters that the model itself sets, so that `params` must not; the device is a flag of the run.
 FIXED = (
     "objective",
     "num_class",
@@ -48,7 +48,7 @@ class Trial:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class TrialResult:
     """The result of a trial.
 
     Args:
@@ -72,7 +72,7 @@ class Result:
     folds: tuple[float, ...] = ()
 
 
-def trials(model: Model) -> list[Trial]:
+def first_trials(model: Model) -> list[Trial]:
     """The trials with which a model's search begins; without a search it is one with `model.params`.
 
     The first n of a longer search are those of a search of n.
@@ -109,7 +109,7 @@ def trials(model: Model) -> list[Trial]:
 def budgets(model: Model) -> list[int]:
     """Boosting rounds of each rung, of which the last has the model's own; one rung without successive halving.
 
-    For 9 trials of 300 rounds, of which a third goes on: 33 rounds of 9 trials, 100 of 3, 300 of 1.
+    For 9 trials of 300 rounds, of which a third continues: 33 rounds of 9 trials, 100 of 3, 300 of 1.
     """
     search = model.search
     if search is None or search.method != "halving":
@@ -120,15 +120,15 @@ def budgets(model: Model) -> list[int]:
     return [model.rounds // search.factor ** (rungs - 1 - i) for i in range(rungs)]
 
 
-def promoted(model: Model, results: Iterable[Result], rung: int) -> list[Trial]:
-    """The best 1/factor of the trials of `rung`, with the next rung's rounds; ties go by number.
+def promoted(model: Model, results: Iterable[TrialResult], rung: int) -> list[Trial]:
+    """The best 1/factor of the trials of `rung`, with the next rung's rounds; of ties, those with lower numbers.
 
     Raises:
         DataError: every trial failed.
     """
     assert model.search is not None
     found = list(results)
-    choose(model, found)
+    best_result(model, found)
     worked = sorted((each for each in found if not math.isnan(each.value)), key=lambda each: _merit(model, each))
     kept = worked[: _kept(model.search.trials, model.search.factor, rung + 1)]
     rounds = budgets(model)[rung + 1]
@@ -136,8 +136,9 @@ def promoted(model: Model, results: Iterable[Result], rung: int) -> list[Trial]:
     return [dataclasses.replace(trial, rung=rung + 1, rounds=rounds) for trial in going]
 
 
-def choose(model: Model, results: Iterable[Result]) -> Result:
-    """The result with the best metric on validation among those of the highest rung; ties go by number.
+def best_result(model: Model, results: Iterable[TrialResult]) -> TrialResult:
+    """The result with the best metric on validation among those of the highest rung; of ties, the one with the lower
+    number.
 
     Raises:
         DataError: every trial failed.
@@ -154,17 +155,17 @@ def choose(model: Model, results: Iterable[Result]) -> Result:
     return min((each for each in worked if each.trial.rung == furthest), key=lambda each: _merit(model, each))
 
 
-def last_of_each(results: Iterable[Result]) -> tuple[Result, ...]:
+def last_of_each(results: Iterable[TrialResult]) -> tuple[TrialResult, ...]:
     """The result of each trial's last rung, in order."""
-    last: dict[int, Result] = {}
+    last: dict[int, TrialResult] = {}
     for each in sorted(results, key=lambda each: (each.trial.index, each.trial.rung)):
         last[each.trial.index] = each
     return tuple(last.values())
 
 
-def over_folds(model: Model, results: Iterable[Result]) -> list[Result]:
+def over_folds(model: Model, results: Iterable[TrialResult]) -> list[TrialResult]:
     """Merge the results of folds to one per trial and rung: the last fold's, with the mean value over all folds."""
-    groups: dict[tuple[int, int], list[Result]] = {}
+    groups: dict[tuple[int, int], list[TrialResult]] = {}
     for each in sorted(results, key=lambda each: each.trial.fold):
         groups.setdefault((each.trial.index, each.trial.rung), []).append(each)
     merged = []
@@ -178,8 +179,8 @@ def over_folds(model: Model, results: Iterable[Result]) -> list[Result]:
     return merged
 
 
-def _merit(model: Model, result: Result) -> tuple[float, int]:
-    """Sort key of a result; less is better."""
+def _merit(model: Model, result: TrialResult) -> tuple[float, int]:
+    """Sort key of a result; smaller is better."""
     return (-result.value if model.metric in RISING else result.value), result.trial.index
 
 

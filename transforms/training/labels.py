@@ -20,12 +20,12 @@ from transforms.records.row_hashing import row_ids
 
 # XGBoost builds a tree per round, and a score per row, for every class up to the greatest.  A label that is not a class
 # number would take all memory.
-CLASSES = 1000
+MOST_CLASSES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Counts:
-    """Counts of what became of the rows of one split: `rows = waiting + dropped + entered`.
+class LabelCounts:
+    """Counts of what became of the rows of one split: rows = waiting + dropped + entered.
 
     Args:
         rows: rows whose time is in the split.
@@ -41,8 +41,8 @@ class Counts:
     dropped: int = 0
     entered: int = 0
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(mine + its for mine, its in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+    def __add__(self, other: LabelCounts) -> LabelCounts:
+        return LabelCounts(*(mine + its for mine, its in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
 
     def as_json(self) -> SplitCounts:
         return {
@@ -58,8 +58,8 @@ def attach(rows: pl.DataFrame, events: pl.DataFrame, label: Label, time: str) ->
     """Add `__label` (float64), `__label_time` and `__came`, whether a label was received, to `rows`.
 
     The label of a spine row at time *t* is `label.value` of the first of `events` with its key and
-    `t ≤ time < t + within`; of several at one time it is the first by the source's `order`, or by all columns.  If
-    there is none, or if that value is null or not finite, `__label` is `label.absent`, null for `"drop"`, and
+    `t ≤ time < t + within`; of several at the same time, it is the first by the source's `order`, or by all columns.
+    If there is none, or if that value is null or not finite, `__label` is `label.absent`, null for `"drop"`, and
     `__label_time` is `t + within`.
 
     Args:
@@ -122,25 +122,25 @@ def _first_event_of_each_row(rows: pl.DataFrame, values: pl.DataFrame, label: La
 
 def examples(
     labelled: pl.DataFrame, label: Label, split: Split, time: str
-) -> tuple[dict[str, pl.DataFrame], dict[str, Counts]]:
+) -> tuple[dict[str, pl.DataFrame], dict[str, LabelCounts]]:
     """Divide labelled rows into the examples of each split, and count what became of its rows.
 
     A row enters a split if its time lies in it, its horizon ends by the split's end, and it has a label.
     """
     parts, counts = {}, {}
-    part_of = None if split.groups is None else groups_of(labelled, split.groups)
+    part_of = None if split.groups is None else split_by_group(labelled, split.groups)
     for name, (start, end) in split.bounds.items():
         inside = pl.col(time) < end if start is None else (pl.col(time) >= start) & (pl.col(time) < end)
         part = labelled.filter(inside if part_of is None else inside & (part_of == name))
         ripe = part.filter(pl.col(time) + horizon_of(label) <= end)
         entered = ripe.filter(pl.col(LABEL).is_not_null())
         absent = int((~ripe["__came"]).sum())
-        counts[name] = Counts(len(part), len(part) - len(ripe), absent, len(ripe) - len(entered), len(entered))
+        counts[name] = LabelCounts(len(part), len(part) - len(ripe), absent, len(ripe) - len(entered), len(entered))
         parts[name] = entered.drop("__came")
     return parts, counts
 
 
-def groups_of(rows: pl.DataFrame, split: GroupSplit) -> pl.Series:
+def split_by_group(rows: pl.DataFrame, split: GroupSplit) -> pl.Series:
     """The split of each row, by a hash of its group."""
     salt = f"GroupSplit {split.salt}"
     hashed = row_ids(salt, [rows[name] for name in split.by]).to_numpy().view(np.uint64)
@@ -156,7 +156,7 @@ def mature(label: Label, times: pa.Array, start: datetime | None, end: datetime)
     return (done if start is None else done & (stamps >= start)).to_arrow()
 
 
-def check(objective: str, counts: Mapping[str, Counts], labels: Mapping[str, Mapping[float, int]]) -> None:
+def check_splits(objective: str, counts: Mapping[str, LabelCounts], labels: Mapping[str, Mapping[float, int]]) -> None:
     """Refuse splits that a model cannot be trained on or evaluated with.
 
     Args:
@@ -168,14 +168,14 @@ def check(objective: str, counts: Mapping[str, Counts], labels: Mapping[str, Map
         DataError: a split has no examples, labels are not classes, or there is only one class.
     """
     for name in SPLITS:
-        _require_examples(name, counts.get(name, Counts()))
+        _require_examples(name, counts.get(name, LabelCounts()))
     if objective in ("binary:logistic", "multi:softprob"):
         _require_classes(objective, labels)
         for name in ("train", "validate"):
             _require_two_classes(name, counts[name], labels[name])
 
 
-def _require_examples(name: str, count: Counts) -> None:
+def _require_examples(name: str, count: LabelCounts) -> None:
     if not count.rows:
         raise DataError(
             f"The {name} split has rows", "none", "Move its dates, change --cutoff, or compute more features"
@@ -199,15 +199,15 @@ def _require_classes(objective: str, labels: Mapping[str, Mapping[float, int]]) 
                 f"{wrong[0]:g} in the {name} split",
                 "Correct the label's value expression",
             )
-    if (most := max((max(each) for each in labels.values() if each), default=0.0)) >= CLASSES:
+    if (most := max((max(each) for each in labels.values() if each), default=0.0)) >= MOST_CLASSES:
         raise DataError(
-            f"Classes are numbered from 0, at most {CLASSES} of them",
+            f"Classes are numbered from 0, at most {MOST_CLASSES} of them",
             f"class {most:g}",
             "Number them without gaps in the label's value expression",
         )
 
 
-def _require_two_classes(name: str, count: Counts, labels: Mapping[float, int]) -> None:
+def _require_two_classes(name: str, count: LabelCounts, labels: Mapping[float, int]) -> None:
     if len(labels) < 2:
         (only,) = labels
         raise DataError(

@@ -19,7 +19,7 @@ from deltalake import DeltaTable
 from schemas import Model
 from schemas.durations import instant
 from schemas.errors import DataError, StoreError
-from schemas.loading import Definition, decoded
+from schemas.loading import Definition, decode_python
 from transforms.features.manifest_store import read_manifest, warn_of_outdated
 from transforms.models.stored_records import ProvenanceRecord, SourceRecord, SplitBounds
 from transforms.records.times import as_date
@@ -28,8 +28,8 @@ from transforms.storage.delta_tables import data_files
 from transforms.storage.feature_tables import open_feature_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_uri, place_of
-from transforms.training.examples import FOLDER, ExamplePlan, ExampleRequest, plan_examples
-from transforms.training.hyperparameter_search import trials
+from transforms.training.examples import EXAMPLES_FOLDER, ExamplePlan, ExampleRequest, plan_examples
+from transforms.training.hyperparameter_search import first_trials
 from transforms.training.xgboost_checks import require_known
 
 log = logging.getLogger("millrace.training")
@@ -77,7 +77,7 @@ class TrainingRequest:
     @property
     def examples(self) -> str:
         """Folder that the examples are written to."""
-        return FileSystems.join(self.store, FOLDER, self.model.name, self.run_id)
+        return FileSystems.join(self.store, EXAMPLES_FOLDER, self.model.name, self.run_id)
 
 
 def open_features(request: TrainingRequest) -> DeltaTable:
@@ -103,7 +103,7 @@ def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, ProvenanceR
         MillraceError: there are no features, or only those of another definition; see `open_features`, `plan_examples`.
     """
     model = request.model
-    require_known(model.objective, trials(model))  # before anything is read
+    require_known(model.objective, first_trials(model))  # before anything is read
     table = open_features(request)
     warn_of_outdated(model.view, table)
     files = data_files(table, request.start, request.cutoff)
@@ -133,7 +133,7 @@ def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, ProvenanceR
             "version": table.version(),
             "first": str(min(file.date for file in files)),
         },
-        "sources": sources_of(table),
+        "sources": sources_read(table),
         **_provenance_of_labels(request, plan, version),
         **_provenance_of_run(request, cutoff.date()),
         **_provenance_of_code(),
@@ -163,24 +163,24 @@ def _provenance_of_run(request: TrainingRequest, cutoff: date) -> ProvenanceReco
             "start": None if request.start is None else str(request.start),
             "cutoff": str(cutoff),
             "now": request.now,
-            "sources": within(request.store, request.sources),
+            "sources": path_within_store(request.store, request.sources),
         },
         "cores": request.cores,
         "device": request.device,
         "definition": {
             "name": definition.name,
             "sha256": hashlib.sha256(definition.source).hexdigest(),
-            "source": decoded(definition.source),
-            "modules": {path: decoded(source) for path, source in definition.modules.items()},
+            "source": decode_python(definition.source),
+            "modules": {path: decode_python(source) for path, source in definition.modules.items()},
         },
         "run_id": request.run_id,
     }
 
 
-def within(store: str, folder: str) -> str:
+def path_within_store(store: str, folder: str) -> str:
     """The path of a folder within the store, which may be moved; the folder itself if it lies elsewhere.
 
-    >>> within("/data/store", "/data/store/sources"), within("/data/store", "/lake/raw")
+    >>> path_within_store("/data/store", "/data/store/sources"), path_within_store("/data/store", "/lake/raw")
     ('sources', '/lake/raw')
     """
     root = store.rstrip("/") + "/"
@@ -201,14 +201,14 @@ def content_digests(root: str, paths: Iterable[str]) -> dict[str, str]:
 
     try:
         with ThreadPoolExecutor(4) as pool:
-            return {relative_to(root, path): value for path, value in pool.map(digest, sorted(paths))}
+            return {path_within_source(root, path): value for path, value in pool.map(digest, sorted(paths))}
     except OSError as error:
         raise StoreError(
             "The label's source can be read while it is trained on", str(error), "Run the same command again"
         ) from None
 
 
-def relative_to(root: str, path: str) -> str:
+def path_within_source(root: str, path: str) -> str:
     """The part of a file's path below its source's folder."""
     return path.removeprefix(root.rstrip("/") + "/")
 
@@ -223,7 +223,7 @@ def _provenance_of_code() -> ProvenanceRecord:
     }
 
 
-def sources_of(table: DeltaTable) -> dict[str, SourceRecord]:
+def sources_read(table: DeltaTable) -> dict[str, SourceRecord]:
     """What the newest commit of a feature table read of each source.
 
     Returns:

@@ -15,10 +15,10 @@ import pyarrow as pa
 
 from schemas import Gates
 from schemas.errors import StoreError
-from transforms.evaluation.evaluate import Report, as_json
-from transforms.evaluation.gates import BEATS, Rival, fairness, paired, verdicts
+from transforms.evaluation.evaluate import Report, metrics_record
+from transforms.evaluation.gates import BEATS, Rival, fairness_records, paired_differences, verdicts
 from transforms.evaluation.shap import Explanation
-from transforms.models.bundle import Bundle, load, read_bytes
+from transforms.models.bundle import Bundle, load_bundle, read_bytes
 from transforms.models.problem_identity import problem_of, require_same_problem
 from transforms.models.registry import Registry, RunRecord
 from transforms.models.stored_records import (
@@ -33,12 +33,12 @@ from transforms.models.stored_records import (
     TrialRecord,
 )
 from transforms.reports.report import FILE, render
-from transforms.storage.delta_tables import write_aside
+from transforms.storage.delta_tables import write_file_atomically
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.stored_json import DAMAGE, parse_record, reason_of
 from transforms.training.data_checks import Findings
 from transforms.training.examples import ExamplesAccount
-from transforms.training.hyperparameter_search import Result, Trial
+from transforms.training.hyperparameter_search import Trial, TrialResult
 from transforms.training.trainer import Trained
 from transforms.training.trial_log import log_trials
 
@@ -93,7 +93,7 @@ class RunOutcome:
     explanation: Explanation
 
 
-def publish(outcome: RunOutcome, where: Publication) -> TrainingRecord:
+def publish_trained_model(outcome: RunOutcome, where: Publication) -> TrainingRecord:
     """Register the model with its report; returns the content of `training.json`.
 
     It can be repeated: a run has one version, and its own run promotes a version at most once.
@@ -110,7 +110,7 @@ def publish(outcome: RunOutcome, where: Publication) -> TrainingRecord:
         "files": dict(where.files),
         "example": points.pop("example"),
     }
-    page = render(content, load(trained.folder, trained.digest).manifest, cast(ExplanationRecord, points))
+    page = render(content, load_bundle(trained.folder, trained.digest).manifest, cast(ExplanationRecord, points))
     _write(where.folder, {POINTS: _text(points), PENDING: _text(pending), REPORT: _text(content), FILE: page})
     try:
         return register_model(content, pending, where.registry, where.folder)
@@ -124,14 +124,14 @@ def _content(outcome: RunOutcome, where: Publication) -> TrainingRecord:
     report, account, trained, explanation = outcome.report, outcome.account, outcome.trained, outcome.explanation
     found = verdicts(where.gates, report, where.metric, outcome.rival)
     found += outcome.findings.verdicts(where.gates.max_drift)
-    metrics = as_json(report)
+    metrics = metrics_record(report)
     return {
         "model": where.name,
         "feature_rows": account.rows,
         "outside": account.outside,
         **metrics,  # type: ignore[typeddict-item]  # mypy fears that a report has the keys of registering
         "gates": [each.as_json() for each in found],
-        "fairness": fairness(where.gates, report),
+        "fairness": fairness_records(where.gates, report),
         "rival": _rival(outcome.rival, report),
         "rules": cast(GateRules, dataclasses.asdict(where.gates)),
         "splits": {name: each.as_json() for name, each in account.counts.items()},
@@ -153,7 +153,7 @@ def _content(outcome: RunOutcome, where: Publication) -> TrainingRecord:
 
 
 def register_model(content: TrainingRecord, pending: RegistrationRecord, uri: str, folder: str) -> TrainingRecord:
-    """Register a model that `publish` left on disk, with its trials and its report.
+    """Register a model that `publish_trained_model` left on disk, with its trials and its report.
 
     The alias moves only if every gate holds and the champion is still the version that the model was compared with.
 
@@ -171,7 +171,7 @@ def register_model(content: TrainingRecord, pending: RegistrationRecord, uri: st
         MismatchError: the name stands for another problem in the registry.
     """
     registry, name, run_id = Registry(uri), content["model"], pending["run_id"]
-    bundle = load(FileSystems.join(folder, BUNDLE), pending["digest"])  # the store may have been moved
+    bundle = load_bundle(FileSystems.join(folder, BUNDLE), pending["digest"])  # the store may have been moved
     require_same_problem(registry, name, problem_of(bundle.manifest))
     version = _register(registry, bundle, content, pending)
     champion, kept = _promote_if_better(registry, version, content, run_id)
@@ -191,15 +191,15 @@ def register_run(folder: str, run_id: str, uri: str) -> TrainingRecord:
     The files of the folder are read and checked whole before the registry is written to.
 
     Raises:
-        StoreError: a file cannot be read, is not what `publish` writes, or names something outside the run's folder; or
-            the registry cannot be reached.
+        StoreError: a file cannot be read, is not what `publish_trained_model` writes, or names something outside the
+            run's folder; or the registry cannot be reached.
         MismatchError: the name stands for another problem in the registry.
     """
     content = read_record(TrainingRecord, folder, REPORT)
     pending = read_record(RegistrationRecord, folder, PENDING)
     try:
         _require_own(content, pending, folder, run_id)
-        bundle = load(FileSystems.join(folder, BUNDLE), pending["digest"])
+        bundle = load_bundle(FileSystems.join(folder, BUNDLE), pending["digest"])
         if bundle.name != content["model"]:
             raise ValueError(f"the model is {bundle.name!r}, not {content['model']!r}")
         render(content, bundle.manifest, _points(folder))
@@ -313,7 +313,7 @@ def rival_of(registry: Registry, name: str, run_id: str) -> str | None:
 
 def _write(folder: str, files: Mapping[str, str]) -> None:
     for name, text in files.items():
-        write_aside(folder, name, pa.py_buffer(text.encode()))
+        write_file_atomically(folder, name, pa.py_buffer(text.encode()))
 
 
 def _points(folder: str) -> ExplanationRecord | None:
@@ -332,7 +332,7 @@ def _rival(rival: Rival, report: Report) -> RivalRecord:
     found: RivalRecord = {"version": rival.version, "reason": rival.reason, "metrics": None}
     if rival.report is not None:
         found["metrics"] = dict(rival.report.metrics)
-        found["differences"] = paired(report, rival.report)
+        found["differences"] = paired_differences(report, rival.report)
         details = rival.report.details
         if "roc" in details:
             found["roc"] = details["roc"]
@@ -341,7 +341,7 @@ def _rival(rival: Rival, report: Report) -> RivalRecord:
     return found
 
 
-def _trial(result: Result) -> TrialRecord:
+def _trial(result: TrialResult) -> TrialRecord:
     return {
         "trial": result.trial.index,
         "params": dict(result.trial.params),
@@ -355,10 +355,10 @@ def _trial(result: Result) -> TrialRecord:
     }
 
 
-def _result(trial: TrialRecord) -> Result:
+def _result(trial: TrialRecord) -> TrialResult:
     """The result of which `_trial` made an entry."""
     value = math.nan if trial["value"] is None else float(trial["value"])
-    return Result(
+    return TrialResult(
         Trial(trial["trial"], trial["params"], trial["rung"]),
         value,
         trial["rounds"],

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from schemas import Model, encoders
 from schemas.splits import LABEL, LABEL_TIME
-from transforms.models.encoders import Fitted, Matrix, column_of, texts
+from transforms.models.encoders import Fitted, Matrix, as_categories, input_column
 from transforms.records.window_sums import ExactSum
 
 
@@ -44,7 +44,7 @@ class TargetEncoding:
         position = 0
         for encoding in self.fitted.encodings:
             if isinstance(encoding.encoder, encoders.Target):
-                category = pl.Series("category", pl.from_arrow(texts(column_of(batch, encoding))))
+                category = pl.Series("category", pl.from_arrow(as_categories(input_column(batch, encoding))))
                 rows = rows_at.with_columns(category.gather(rows_at["place"])).join_asof(
                     self.whole, left_on="at", right_on="known", allow_exact_matches=False
                 )
@@ -74,7 +74,7 @@ def target_encoding(model: Model, fitted: Fitted, batches: Iterable[pa.RecordBat
         return None
     parts = []
     for batch in batches:
-        columns = {each.input: pl.from_arrow(texts(column_of(batch, each))) for each in inputs}
+        columns = {each.input: pl.from_arrow(as_categories(input_column(batch, each))) for each in inputs}
         for name in (LABEL, LABEL_TIME):
             columns[name] = pl.from_arrow(batch.column(batch.schema.get_field_index(name)))
         parts.append(pl.DataFrame(columns))

@@ -19,14 +19,22 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from schemas import Model
 from schemas.splits import Split
-from transforms.models.bundle import Bundle, save
+from transforms.models.bundle import Bundle, save_bundle
 from transforms.models.encoders import Fitted
 from transforms.models.stored_records import ModelManifest, ProvenanceRecord
-from transforms.storage.delta_tables import write_aside
+from transforms.storage.delta_tables import write_file_atomically
 from transforms.storage.file_systems import FileSystems
 from transforms.training.data_checks import bundle_files
 from transforms.training.examples import ExamplesAccount
-from transforms.training.hyperparameter_search import Result, Trial, budgets, choose, last_of_each, over_folds, promoted
+from transforms.training.hyperparameter_search import (
+    Trial,
+    TrialResult,
+    best_result,
+    budgets,
+    last_of_each,
+    over_folds,
+    promoted,
+)
 from transforms.training.xgboost_checks import first_line, require_device
 from transforms.training.xgboost_data import Matrices, is_external, matrices
 
@@ -189,7 +197,7 @@ class TrialRunner:
                 )
             return self.shared[bins, trial.fold]
 
-    def run(self, trial: Trial) -> Result:
+    def run(self, trial: Trial) -> TrialResult:
         """Train one trial and write its booster to the study's folder; returns its path and metric.
 
         A trial that XGBoost refuses gives a result with an error, and the search goes on.
@@ -203,12 +211,12 @@ class TrialRunner:
                 model, trial, self.matrices(trial), self.threads, classes, self.study.device
             )
         except (xgboost.core.XGBoostError, TypeError, ValueError) as error:
-            return Result(trial, math.nan, error=first_line(error), seconds=time.perf_counter() - start)
+            return TrialResult(trial, math.nan, error=first_line(error), seconds=time.perf_counter() - start)
         name = f"trial-{trial.index:03d}-{trial.rung}-{trial.fold}.ubj"
-        write_aside(self.study.folder, name, pa.py_buffer(booster))
+        write_file_atomically(self.study.folder, name, pa.py_buffer(booster))
         value = history[rounds - 1]
         booster_path = FileSystems.join(self.study.folder, name)
-        return Result(trial, value, rounds, tuple(history), booster_path, time.perf_counter() - start)
+        return TrialResult(trial, value, rounds, tuple(history), booster_path, time.perf_counter() - start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,8 +232,8 @@ class Trained:
 
     folder: str
     digest: str
-    best: Result
-    results: tuple[Result, ...]
+    best: TrialResult
+    results: tuple[TrialResult, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -244,7 +252,7 @@ class BundleRequest:
 
 
 def save_best(
-    results: Sequence[Result],
+    results: Sequence[TrialResult],
     request: BundleRequest,
     account: ExamplesAccount,
     fitted: Fitted,
@@ -261,7 +269,7 @@ def save_best(
     """
     model = request.model
     results = over_folds(model, results)
-    best = choose(model, results)
+    best = best_result(model, results)
     with FileSystems.open(best.booster, "application/octet-stream", "uncompressed") as handle:
         booster = handle.read()
     manifest: ModelManifest = {
@@ -283,7 +291,7 @@ def save_best(
         **request.provenance,
     }
     extra = {} if statistics is None else bundle_files(statistics, model)
-    digest = save(Bundle(booster, fitted, manifest, extra), request.folder)
+    digest = save_bundle(Bundle(booster, fitted, manifest, extra), request.folder)
     return Trained(request.folder, digest, best, last_of_each(results))
 
 
@@ -325,7 +333,7 @@ def _folds(trial: Trial, folds: int) -> list[Trial]:
     return [dataclasses.replace(trial, fold=fold) for fold in range(folds)]
 
 
-def _promote(results: list[Result], study: Study, rung: int) -> list[Trial]:
+def _promote(results: list[TrialResult], study: Study, rung: int) -> list[Trial]:
     return promoted(study.model, over_folds(study.model, results), rung - 1)
 
 
@@ -350,7 +358,7 @@ class _Trials(beam.DoFn):
 
 def side_by_side(
     study: Study, account: ExamplesAccount, fitted: Sequence[Fitted], trials: Sequence[Trial]
-) -> list[Result]:
+) -> list[TrialResult]:
     """Run trials, at most as many at a time as there are cores, and return their results in order.
 
     Raises:
@@ -360,5 +368,5 @@ def side_by_side(
     runner = TrialRunner(study, account, fitted, len(trials))
     ordered = sorted(trials, key=lambda each: (each.fold, each.params.get("max_bin") or 0, each.index))
     with ThreadPoolExecutor(runner.side, "trial") as pool:
-        futures: list[Future[Result]] = [pool.submit(runner.run, trial) for trial in ordered]
+        futures: list[Future[TrialResult]] = [pool.submit(runner.run, trial) for trial in ordered]
         return [future.result() for future in futures]

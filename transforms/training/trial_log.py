@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from transforms.models.registry import RUN, Registry
-from transforms.training.hyperparameter_search import Result
+from transforms.training.hyperparameter_search import TrialResult
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -18,7 +18,7 @@ TRIAL, PARENT = "millrace.trial", "mlflow.parentRunId"
 BATCH = 1000
 
 
-def log_trials(registry: Registry, name: str, run_id: str, metric: str, results: Sequence[Result]) -> int:
+def log_trials(registry: Registry, name: str, run_id: str, metric: str, results: Sequence[TrialResult]) -> int:
     """Log `results` as children of the MLflow run of `run_id`; returns the number of runs written.
 
     A complete run is left unchanged; an incomplete one is completed.
@@ -55,7 +55,7 @@ def log_trials(registry: Registry, name: str, run_id: str, metric: str, results:
         return written
 
 
-def _log(client: MlflowClient, run: Run, metric: str, result: Result) -> None:
+def _log(client: MlflowClient, run: Run, metric: str, result: TrialResult) -> None:
     """Log one result.  Every metric has the run's start time, so that a repetition writes the same rows."""
     from mlflow.entities import Metric, Param, RunTag
 
@@ -72,7 +72,7 @@ def _log(client: MlflowClient, run: Run, metric: str, result: Result) -> None:
         client.log_batch(run.info.run_id, metrics=values[start : start + BATCH])
 
 
-def metrics_of(registry: Registry, name: str, version: str) -> dict[str, float]:
+def logged_metrics(registry: Registry, name: str, version: str) -> dict[str, float]:
     """The logged metrics of the run that made a registered version.
 
     Raises:

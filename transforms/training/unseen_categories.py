@@ -18,7 +18,7 @@ log = logging.getLogger("millrace.training")
 NAMED = 5
 
 
-def unseen(
+def warn_of_unseen(
     findings: Findings,
     learnt: DatasetFeatureStatisticsList,
     tested: DatasetFeatureStatisticsList,

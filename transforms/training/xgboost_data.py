@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Most bytes of encoded rows that are cached between XGBoost's passes over the examples; beyond, each pass encodes
 # again.
-KEPT = 256 << 20
+KEPT_BYTES = 256 << 20
 # Encoded values of a split above which its bins go to disk, and of a page on disk.  Measured in docs/training.md.
 EXTERNAL = 250_000_000
 PAGE = 1 << 24
@@ -122,11 +122,11 @@ def _matrix(
     import xgboost
 
     class Rows(xgboost.DataIter):
-        """XGBoost reads all rows several times; rows that fit into `KEPT` are encoded once."""
+        """XGBoost reads all rows several times; rows that fit into `KEPT_BYTES` are encoded once."""
 
         def __init__(self) -> None:
             self.kept: list[Encoded] = []
-            self.keeps = sum(each.rows for each in part.shards) * 4 * (len(fitted.names) + 1) <= KEPT
+            self.keeps = sum(each.rows for each in part.shards) * 4 * (len(fitted.names) + 1) <= KEPT_BYTES
             self.complete = False
             self.source: Iterator[Encoded] = iter(())
             super().__init__(cache_prefix=cache)
@@ -169,7 +169,7 @@ def batches(model: Model, part: DataPart, columns: Sequence[str]) -> Iterator[pa
                 yield pa.RecordBatch.from_arrays(found, list(columns))
 
 
-def until(batch: pa.RecordBatch, model: Model, fold: Fold) -> pa.RecordBatch:
+def examples_of_fold(batch: pa.RecordBatch, model: Model, fold: Fold) -> pa.RecordBatch:
     """The training examples that a fold is trained on."""
     times = batch.column(batch.schema.get_field_index(model.view.time))
     inside = mature(model.label, times, None, fold.train_end)

@@ -1,8 +1,8 @@
 """Checks of a table before it is published: statistics, the reviewed schema, and the share of dead letters.
 
-Every batch of rows goes through `describe`, which keeps a mergeable sketch per column.  `Statistics` merges the
-sketches and writes a TensorFlow Metadata proto.  `Validate` compares it with the use case's `schema.pbtxt` by means of
-TFDV, and refuses the commit when there are anomalies or too many rows were rejected.
+Every batch of rows goes through `describe_batch`, which keeps a mergeable sketch per column.  `Statistics` merges the
+sketches and writes a TensorFlow Metadata proto.  `Validate` compares it with the reviewed `schema.pbtxt` by means of
+TFDV, and refuses the commit if there are anomalies or if too many rows were rejected.
 """
 
 from typing import TYPE_CHECKING
@@ -23,16 +23,23 @@ if TYPE_CHECKING:
         statistics_path,
     )
     from transforms.validation.publish_rules import PublishRules
-    from transforms.validation.statistics import Statistics, describe, described, nothing, proto, view_columns
+    from transforms.validation.statistics import (
+        Statistics,
+        columns_described,
+        describe_batch,
+        describe_nothing,
+        statistics_proto,
+        view_columns,
+    )
     from transforms.validation.tfdv_schema import (
         Anomaly,
+        find_anomalies,
         infer_schema,
-        measured,
+        measure_drift,
         parse_schema,
         parse_statistics,
         schema_text,
         update_schema,
-        validate,
     )
 
 import_when_used(__name__)

@@ -1,4 +1,5 @@
-"""What is kept of a column of numbers: counts by leading bits and exact sums, the same whichever way parts are merged.
+"""A sketch of a column of numbers: counts by leading bits, and exact sums. Parts can be merged in any order with the
+same result.
 
 Values are counted in bins: the doubles that round to float32s of equal sign, exponent and 9 leading mantissa bits.
 Within a bin only the 14 low bits differ, so a few passes over integers give its count, the sum of the low bits and of
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from transforms.records import exact_sums
-from transforms.records.exact_sums import UNIT, exact_squares, exact_sum, integer_sums, ratio
+from transforms.records.exact_sums import UNIT, as_fraction, exact_squares, exact_sum, integer_sums
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -27,35 +28,35 @@ LOW = 14
 BUCKETS = 1 << (32 - LOW)
 _LOW_BITS = np.uint32((1 << LOW) - 1)
 _SIGN = BUCKETS >> 1
-_PREFIX = 23 - LOW  # mantissa bits that name a bin
+_PREFIX = 23 - LOW  # leading mantissa bits of a value that identify its bin
 _NOT_FINITE = 255 << _PREFIX
 _LARGEST = float(np.finfo(np.float32).max)
-# Rows looked at in one piece.  Their low bits, and a one in front of each that counts it, are added as doubles, which
-# have 53 bits; as have the squares of low bits, of 28 bits each.
+# Rows that are processed at once.  Their low bits, each with a leading one that counts it, are added as doubles, which
+# have 53 bits; so are the squares of low bits, of 28 bits each.
 MOST_ROWS = 1 << 19
 _ONE = float(MOST_ROWS << LOW)
 FEW = BUCKETS // 16
-# `sums.exact_sum` counts in 2^−UNIT, `sums.exact_squares` in 2^−(2 · UNIT); a float32 is a multiple of 2^−149, its
-# square of 2^−298.
+# `exact_sums.exact_sum` counts in 2^−UNIT, `exact_sums.exact_squares` in 2^−(2 · UNIT); a float32 is a multiple of
+# 2^−149, its square of 2^−298.
 _SUM, _SQUARE = UNIT - 149, 2 * (UNIT - 149)
-# Integers up to here are float32s and doubles alike.
+# Integers up to this one are exact both as float32 and as double.
 _WHOLE = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NumericSketch:
-    """Numbers of a column.
+    """The sketch of a column of numbers.
 
     Args:
-        rows: how many rows.
-        missing: nulls.
-        strange: NaN and infinities, which are in nothing below.
-        zeros: values equal to 0.
-        least, greatest: ±infinity where there is no value.
+        rows: number of rows.
+        missing: number of nulls.
+        strange: number of NaN and infinities, which are not in any of the fields below.
+        zeros: number of values equal to 0.
+        least, greatest: ±infinity if there is no value.
         total, squares: Σx in 2^−1126 and Σx² in 2^−2252, exact.
-        bins: which occurred, rising by value [bins].
+        bins: the bins that occurred, ascending by value [bins].
         counts: values per bin [bins].
-        lows: sum of low bits per bin [bins].
+        lows: sum of the low bits per bin [bins].
     """
 
     rows: int = 0
@@ -72,7 +73,7 @@ class NumericSketch:
 
     @classmethod
     def of(cls, column: pa.Array) -> NumericSketch:
-        """Of an Arrow array of floats, integers or booleans."""
+        """The sketch of an Arrow array of floats, integers or booleans."""
         result = cls()
         for start in range(0, len(column), MOST_ROWS):
             result = result + _numbers(column.slice(start, MOST_ROWS))
@@ -109,12 +110,12 @@ class NumericSketch:
 
     @property
     def values(self) -> int:
-        """How many finite values."""
+        """Number of finite values."""
         return self.rows - self.missing - self.strange
 
     @property
     def mean(self) -> float:
-        return float(ratio(self.total) / self.values)
+        return float(as_fraction(self.total) / self.values)
 
     @property
     def deviation(self) -> float:
@@ -132,7 +133,7 @@ class NumericSketch:
         return np.clip(np.where(negative, -interior, interior), self.least, self.greatest)
 
     def ranked(self, ranks: Ints) -> Floats:
-        """The values of these ranks, counted from 0."""
+        """The values at these ranks, which are counted from 0."""
         found = self.interiors[np.searchsorted(np.cumsum(self.counts), ranks, "right")]
         return np.where(ranks == 0, self.least, np.where(ranks == self.values - 1, self.greatest, found))
 
@@ -183,11 +184,11 @@ def _numbers(column: pa.Array) -> NumericSketch:
 
 
 def _by_bin(names: Ints, lows: Floats) -> tuple[Ints, Ints, Ints, Ints]:
-    """Which bins occurred, and of each the count, the sum of the low bits and that of their squares."""
-    # Few rows do not pay for an array of all bins.
+    """The bins that occurred; for each, its count, the sum of the low bits, and the sum of their squares."""
+    # For few rows, an array of all bins would cost more.
     bins, position = (None, names) if len(names) > FEW else np.unique(names, return_inverse=True)
     squares = np.bincount(position, lows * lows)
-    lows += _ONE  # so that one pass adds and counts
+    lows += _ONE  # so that one pass both adds and counts
     both = np.bincount(position, lows)
     there = np.flatnonzero(both > 0)
     counts = (both[there] / _ONE).astype(np.int64)
@@ -196,20 +197,20 @@ def _by_bin(names: Ints, lows: Floats) -> tuple[Ints, Ints, Ints, Ints]:
 
 
 def _lie_close(whole: npt.NDArray[np.int64] | npt.NDArray[np.uint64]) -> bool:
-    """Whether integers are float32s and can be counted by value."""
+    """Whether integers are exact as float32 and lie close enough to be counted by value."""
     least, greatest = int(whole.min()), int(whole.max())
     return least >= -_WHOLE and greatest <= _WHOLE and greatest - least <= max(len(whole), FEW)
 
 
 def _counted_integers(rows: int, whole: npt.NDArray[np.int64] | npt.NDArray[np.uint64]) -> NumericSketch:
-    """Of integers that lie close: what is kept follows from how often each value occurs."""
+    """The sketch of integers that lie close: it follows from how often each value occurs."""
     least = int(whole.min())
     times = np.bincount(whole.astype(np.int64) - least)
     distinct = np.flatnonzero(times)
     times, values = times[distinct], distinct + least
     words = values.astype(np.float32).view(np.uint32)
     bins, first = np.unique(_named((words >> np.uint32(LOW)).astype(np.int64)), return_index=True)
-    # Values rise, and so do their bins.
+    # Values ascend, and so do their bins.
     counts = np.add.reduceat(times, first)
     lows = np.add.reduceat((words & _LOW_BITS).astype(np.int64) * times, first)
     # A square has 49 bits, which times a count may be too many for one sum.
@@ -230,12 +231,12 @@ def _counted_integers(rows: int, whole: npt.NDArray[np.int64] | npt.NDArray[np.u
 
 
 def _rounded(wide: Floats) -> Singles:
-    """Nearest float32s; what is beyond them is the greatest of them, infinities stay."""
+    """The nearest float32s. Values beyond float32 become its greatest value; infinities stay."""
     return np.where(np.isinf(wide), wide, np.clip(wide, -_LARGEST, _LARGEST)).astype(np.float32)
 
 
 def _named(found: Ints) -> Ints:
-    """Bits of bins as names that rise with value: −1 − magnitude for negative ones."""
+    """Numbers bins so that the numbers ascend with the values: −1 − magnitude for negative ones."""
     return np.where(found & _SIGN, -1 - (found & (_SIGN - 1)), found)
 
 
@@ -263,7 +264,7 @@ def _moments(found: Ints, count: Ints, low_sums: Ints, squared: Ints) -> tuple[i
 
 
 def _extreme(names: Ints, low: Words, name: int, largest: bool) -> float:
-    """Least or greatest value of a bin that has some."""
+    """The least or greatest value among the bins that have values."""
     inside = low[names == name]
     outward = largest != bool(name & _SIGN)
     bits = int(name) << LOW | int(inside.max() if outward else inside.min())

@@ -19,22 +19,23 @@ from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 from schemas.errors import AnomalyError, ContractError, DefinitionError, StoreError
 from transforms.sources.tallies import SourceTally
 from transforms.storage.delta_log import commits
-from transforms.storage.delta_tables import Committed, write_aside
+from transforms.storage.delta_tables import Committed, write_file_atomically
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.stored_json import parse_object, read_regular, reason_of
 from transforms.validation.publish_rules import PublishRules
-from transforms.validation.tfdv_schema import Anomaly, parse_schema, parse_statistics, validate
+from transforms.validation.tfdv_schema import Anomaly, find_anomalies, parse_schema, parse_statistics
 
 log = logging.getLogger("millrace.validation")
 
-# Delta and its readers pass over folders that begin with an underscore.
-FOLDER = "_statistics"
-HISTORY = 1000
+# Delta and its readers skip folders whose names begin with an underscore.
+STATISTICS_FOLDER = "_statistics"
+COMMITS_SEARCHED = 1000
 _SHOWN = 10
 
 
 class StatisticsCommit(TypedDict, total=False):
-    """The metadata of a commit that names its statistics: the run that left them, and its first and last day (ISO)."""
+    """The metadata of a commit that names its statistics: the run that stored them, and its first and last day
+    (ISO)."""
 
     version: int
     run_id: str
@@ -50,7 +51,7 @@ class Account(TypedDict):
     """What a run stores beside its statistics.
 
     Args:
-        previous: id of the run whose statistics drift was measured from; "" if there was none.
+        previous: id of the run from whose statistics drift was measured; "" if there was none.
         anomalies: the fields of each `Anomaly`.
     """
 
@@ -66,7 +67,7 @@ class CheckedRun:
 
     Args:
         table: the table that it is about to commit to.
-        base: the table's version at launch; None where there is no table.
+        base: the table's version at launch; None if there is no table.
         run_id: its id.
         ranges: its days, as ranges of neighbouring days, both ends included.
         dead_letters: the table of its dead letters.
@@ -90,7 +91,7 @@ class CheckedRun:
 
     @property
     def interval(self) -> str:
-        """The ranges in words, for messages."""
+        """The ranges as text, for messages."""
         rest = f" and {len(self.ranges) - _SHOWN} more" if len(self.ranges) > _SHOWN else ""
         return ", ".join(f"[{first}, {last + timedelta(days=1)})" for first, last in self.ranges[:_SHOWN]) + rest
 
@@ -100,9 +101,9 @@ class PublishCheck:
     """The check of a run, resolved at launch.
 
     Args:
-        rules: of the user.
+        rules: the user's rules.
         run: the run that is checked.
-        schema: text of the schema; None: there is none, and nothing is checked.
+        schema: text of the schema; None: there is no schema, and nothing is checked.
         before: id of the run from which drift is measured; "" if there is none.
         previous: the serialised statistics of that run.
     """
@@ -114,11 +115,11 @@ class PublishCheck:
     previous: bytes | None
 
     def anomalies(self, statistics: DatasetFeatureStatisticsList) -> tuple[Anomaly, ...]:
-        """Where the statistics break the schema."""
+        """The anomalies: where the statistics violate the schema."""
         if self.schema is None:
             return ()
         previous = None if self.previous is None else parse_statistics(self.previous)
-        return validate(statistics, parse_schema(self.schema, self.rules.schema), previous, self.run.interval)
+        return find_anomalies(statistics, parse_schema(self.schema, self.rules.schema), previous, self.run.interval)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +145,7 @@ class CheckOutcome:
         run, anomalies = self.check.run, self.account["anomalies"][:_SHOWN]
         allowed = {"allow_anomalies": "true", "anomalies": json.dumps(anomalies, ensure_ascii=False)}
         return {
-            "statistics": f"{FOLDER}/{run.run_id}.pb",
+            "statistics": f"{STATISTICS_FOLDER}/{run.run_id}.pb",
             "statistics_first": run.first.isoformat(),
             "statistics_last": run.last.isoformat(),
             "statistics_previous": self.check.before,
@@ -155,8 +156,8 @@ class CheckOutcome:
 def make_check(rules: PublishRules, run: CheckedRun) -> PublishCheck:
     """Read the schema and the previous statistics.
 
-    The statistics of a run are those of all its rows, whatever the gaps between its days; drift is measured from the
-    interval that ended before the first of them.
+    The statistics of a run cover all its rows, even if there are gaps between its days; drift is measured from the
+    interval that ended before the first of these days.
 
     Raises:
         DefinitionError: the schema cannot be read.
@@ -173,7 +174,7 @@ def make_check(rules: PublishRules, run: CheckedRun) -> PublishCheck:
 
 
 def read_schema(path: str, required: bool) -> str | None:
-    """The schema's text, checked to be one; None where there is no file and none is `required`."""
+    """The text of the schema, after a check that it is one; None if there is no file and none is `required`."""
     if not os.path.lexists(path):
         if required:
             raise DefinitionError(
@@ -191,12 +192,12 @@ def read_schema(path: str, required: bool) -> str | None:
 
 
 def statistics_path(table: str, run_id: str) -> str:
-    """Where a run's statistics are, committed or not."""
-    return FileSystems.join(table, FOLDER, f"{run_id}.pb")
+    """The path of a run's statistics, whether the run was committed or not."""
+    return FileSystems.join(table, STATISTICS_FOLDER, f"{run_id}.pb")
 
 
 def read_statistics(path: str) -> DatasetFeatureStatisticsList:
-    """Statistics that `check_statistics` wrote.
+    """Reads the statistics that `check_statistics` wrote.
 
     Raises:
         StoreError: they cannot be read.
@@ -213,14 +214,14 @@ def committed_statistics(table: str, version: int | None) -> list[StatisticsComm
     """The commits up to `version` that name their statistics, newest first."""
     if version is None:
         return []
-    newest = itertools.islice(commits(table, version), HISTORY)
+    newest = itertools.islice(commits(table, version), COMMITS_SEARCHED)
     return [cast(StatisticsCommit, entry) for entry in newest if entry.get("statistics")]
 
 
 def previous_statistics(table: str, version: int | None, first: date, run_id: str) -> tuple[str, bytes | None]:
     """The run to compare with ("": none), and its statistics.
 
-    It is the run of the last interval that ended before `first`, or else that of the newest other commit.
+    It is the run of the last interval that ended before `first`; if there is none, the run of the newest other commit.
     """
     commits = [entry for entry in committed_statistics(table, version) if entry.get("run_id") != run_id]
     earlier = [entry for entry in commits if entry["statistics_last"] < first.isoformat()]
@@ -244,7 +245,7 @@ def read_account(table: str, run_id: str) -> Account:
         StoreError: it cannot be read.
     """
     try:
-        account = parse_object(read_regular(FileSystems.join(table, FOLDER, f"{run_id}.json")))
+        account = parse_object(read_regular(FileSystems.join(table, STATISTICS_FOLDER, f"{run_id}.json")))
         return {
             "run_id": run_id,
             "interval": str(account["interval"]),
@@ -264,12 +265,13 @@ class Validate(beam.PTransform):
     """PCollection of one `DatasetFeatureStatisticsList` → PCollection of one dict: metadata for the commit that may
     follow.
 
-    Anomalies, or too many rejected rows, fail the step and the run. A commit that takes the dict as a side input waits
-    for it.
+    Anomalies or too many rejected rows make the step and the run fail. A commit that takes the dict as a side input
+    waits for it.
 
     Args:
-        tallies: per source, as a side input.
-        dead_letters: their commit, as a side input, so that they can be read whatever the check finds.
+        tallies: the tallies by source, as a side input.
+        dead_letters: the commit of the dead letters, as a side input, so that they can be read whatever the check
+            finds.
     """
 
     check: PublishCheck
@@ -282,7 +284,8 @@ class Validate(beam.PTransform):
 
 @dataclasses.dataclass(frozen=True)
 class AlsoChecked:
-    """`prepare` of a `CommitFiles` whose last side input is the output of `Validate`: its own metadata and that one."""
+    """`prepare` for a `CommitFiles` whose last side input is the output of `Validate`: returns its own metadata and
+    that output."""
 
     prepare: Callable[..., Mapping[str, str]]
 
@@ -297,16 +300,16 @@ def check_statistics(
     tallies: Mapping[str, SourceTally],
     dead_letters: Committed | None = None,
 ) -> dict[str, str]:
-    """Check the rejected rows and the statistics; returns metadata for the commit.
+    """Checks the rejected rows and the statistics; returns metadata for the commit.
 
-    Statistics and account are stored whatever the statistics are.
+    Statistics and account are stored whatever the result is.
 
     Args:
-        dead_letters: their commit, which the check waits for.
+        dead_letters: the commit of the dead letters, for which the check waits.
 
     Raises:
         ContractError: too many rows of a source were rejected.
-        AnomalyError: the statistics break the schema and this was not allowed.
+        AnomalyError: the statistics violate the schema, and this was not allowed.
     """
     check_dead(check, tallies)
     outcome = CheckOutcome(check, check.anomalies(statistics))
@@ -319,16 +322,16 @@ def check_statistics(
 
 
 def store_outcome(outcome: CheckOutcome, statistics: DatasetFeatureStatisticsList) -> None:
-    """Store the account and the statistics of a run beside its table."""
+    """Stores the account and the statistics of a run beside its table."""
     run = outcome.check.run
-    folder = FileSystems.join(run.table, FOLDER)
+    folder = FileSystems.join(run.table, STATISTICS_FOLDER)
     account = json.dumps(outcome.account, ensure_ascii=False, indent=2)
-    write_aside(folder, f"{run.run_id}.json", pa.py_buffer(account.encode()))
-    write_aside(folder, f"{run.run_id}.pb", pa.py_buffer(statistics.SerializeToString(deterministic=True)))
+    write_file_atomically(folder, f"{run.run_id}.json", pa.py_buffer(account.encode()))
+    write_file_atomically(folder, f"{run.run_id}.pb", pa.py_buffer(statistics.SerializeToString(deterministic=True)))
 
 
 def check_dead(check: PublishCheck, tallies: Mapping[str, SourceTally]) -> None:
-    """Refuse a run that rejected more of a source than allowed.
+    """Refuses a run that rejected a greater share of a source than allowed.
 
     Raises:
         ContractError: it rejected more.
@@ -349,7 +352,7 @@ def check_dead(check: PublishCheck, tallies: Mapping[str, SourceTally]) -> None:
 
 
 def anomaly_error(check: PublishCheck, found: tuple[Anomaly, ...]) -> AnomalyError:
-    """The error of a run whose statistics break the schema. It names `--schema` where that was given."""
+    """The error for a run whose statistics violate the schema. It names `--schema` if that was given."""
     count = "1 anomaly" if len(found) == 1 else f"{len(found)} anomalies"
     where = f" --schema {check.rules.schema}" if check.rules.required else ""
     return AnomalyError(

@@ -7,8 +7,8 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class PublishRules:
-    """The checks that the user requests.  `schema` is the path of a `schema.pbtxt`; `required` whether it must be
-    there.
+    """The checks that the user requests.  `schema` is the path of a `schema.pbtxt`; `required` is whether the file must
+    exist.
     """
 
     schema: str

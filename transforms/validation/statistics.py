@@ -1,10 +1,12 @@
 """Statistics of tables as TensorFlow Metadata protos, without TensorFlow; TFDV reads, shows and compares them.
 
-Against TFDV's own over the same rows: counts, zeros, least, greatest, unique, top values, ranks and lengths are equal;
-mean and deviation are exact here and equal to its rounding; histograms have its bounds (10 equal widths, 10 quantiles).
-Its quantiles may be off by 1 % of the ranks; these have the exact rank and are off by at most 2⁻⁹ of the value.
+Compared with TFDV's own statistics over the same rows: counts, zeros, least, greatest, unique, top values, ranks and
+lengths are equal; mean and deviation are exact here, and TFDV's equal them up to rounding; histograms have TFDV's
+bounds (10 equal widths, 10 quantiles). TFDV's quantiles may be off by 1 % of the ranks; these have the exact rank and
+are off by at most 2⁻⁹ of the value.
 
-The result depends on the rows alone, to the last bit, not on how they were cut or in which order parts were merged.
+The result depends only on the rows, to the last bit, and not on how they were divided or in which order parts were
+merged.
 """
 
 from __future__ import annotations
@@ -28,20 +30,20 @@ from transforms.validation.numeric_sketch import Floats, Ints, NumericSketch
 BUCKETS = 10
 TOP_VALUES = 20
 RANKS = 1000
-# Distinct strings counted exactly; of more, those of the least hashes stand for all.
+# Most distinct strings that are counted exactly; if there are more, those with the least hashes represent all.
 LEVELS = 100_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StringSketch:
-    """Strings of a column.
+    """The sketch of a column of strings.
 
     Args:
-        rows, missing: how many rows, and nulls among them.
+        rows, missing: number of rows, and of nulls among them.
         bytes: total length.
-        levels: `value`, `count` per distinct value, rising by value.  Past `LEVELS` only those of the least hashes:
-            which and how often is the same for every order of merging, and the number of distinct values follows from
-            how close the hashes lie (± 1 %; k minimum values, Bar-Yossef et al. 2002).
+        levels: `value`, `count` per distinct value, ascending by value.  Beyond `LEVELS` values, only those with the
+            least hashes: they and their counts do not depend on the order of merging, and the number of distinct values
+            follows from how close the hashes lie (± 1 %; k minimum values, Bar-Yossef et al. 2002).
         partial: whether values were left out.
     """
 
@@ -55,7 +57,7 @@ class StringSketch:
 
     @classmethod
     def of(cls, column: pa.Array) -> StringSketch:
-        """Of an Arrow array of strings."""
+        """The sketch of an Arrow array of strings."""
         values = pl.Series("value", pl.from_arrow(column)).cast(pl.String)
         levels = values.drop_nulls().to_frame().group_by("value").agg(count=pl.len().cast(pl.Int64))
         size = int(levels.select((pl.col("value").str.len_bytes() * pl.col("count")).sum()).item())
@@ -92,7 +94,7 @@ class StringSketch:
 
 
 def _least(levels: pl.DataFrame, partial: bool) -> tuple[pl.DataFrame, bool]:
-    """The levels of the `LEVELS` least hashes, rising by value, and whether any were left out, now or before."""
+    """The levels with the `LEVELS` least hashes, ascending by value, and whether any were left out, now or before."""
     if len(levels) > LEVELS:
         hashed = levels.with_columns(hash=pl.Series(hash_column(levels["value"])))
         levels, partial = hashed.sort("hash", "value").head(LEVELS).drop("hash"), True
@@ -101,7 +103,7 @@ def _least(levels: pl.DataFrame, partial: bool) -> tuple[pl.DataFrame, bool]:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What is kept of rows: how many, and Numbers or Strings per column, in order."""
+    """The sketch of a table: the number of rows, and a `NumericSketch` or `StringSketch` per column, in order."""
 
     rows: int
     columns: Mapping[str, NumericSketch | StringSketch]
@@ -112,7 +114,7 @@ class Description:
         return Description(self.rows + other.rows, columns, self.integers)
 
 
-def described(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
+def columns_described(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
     """The columns among `names` that have statistics: numbers, booleans and strings."""
     return pa.schema(
         [schema.field(name) for name in names if _number(schema.field(name).type) or _string(schema.field(name).type)]
@@ -120,15 +122,13 @@ def described(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
 
 
 def view_columns(view: FeatureView) -> pa.Schema:
-    """The columns of a view's table that are described: its features and what stands beside them, not the key, the time
-    or ids.
-    """
+    """The columns of a view's table that are described: features and context columns, but neither key, time nor ids."""
     beside = [name for name in view.context if name not in (*view.key, view.time)]
-    return described(view.output_schema, [*beside, *view.feature_names])
+    return columns_described(view.output_schema, [*beside, *view.feature_names])
 
 
-def describe(rows: pa.RecordBatch, columns: pa.Schema) -> Description:
-    """Description of a RecordBatch's `columns` (see `view_columns`)."""
+def describe_batch(rows: pa.RecordBatch, columns: pa.Schema) -> Description:
+    """The description of a RecordBatch's `columns` (see `view_columns`)."""
 
     def of_column(field: pa.Field) -> NumericSketch | StringSketch:
         column = rows.column(rows.schema.get_field_index(field.name))
@@ -138,8 +138,8 @@ def describe(rows: pa.RecordBatch, columns: pa.Schema) -> Description:
     return Description(rows.num_rows, kept, _integers(columns))
 
 
-def nothing(columns: pa.Schema) -> Description:
-    """Description of no rows."""
+def describe_nothing(columns: pa.Schema) -> Description:
+    """The description of no rows."""
     kept = {field.name: NumericSketch() if _number(field.type) else StringSketch() for field in columns}
     return Description(0, kept, _integers(columns))
 
@@ -154,7 +154,7 @@ class Statistics(beam.PTransform):
         return (
             batches
             | "Describe" >> beam.CombineGlobally(Describe(self.columns))
-            | "Proto" >> beam.Map(proto).with_output_types(pb.DatasetFeatureStatisticsList)
+            | "Proto" >> beam.Map(statistics_proto).with_output_types(pb.DatasetFeatureStatisticsList)
         )
 
 
@@ -165,19 +165,19 @@ class Describe(beam.CombineFn):
         self.columns = columns
 
     def create_accumulator(self) -> Description:
-        return nothing(self.columns)
+        return describe_nothing(self.columns)
 
     def add_input(self, accumulator: Description, rows: pa.RecordBatch) -> Description:
-        return accumulator + describe(rows, self.columns)
+        return accumulator + describe_batch(rows, self.columns)
 
     def merge_accumulators(self, accumulators: Iterable[Description]) -> Description:
-        return functools.reduce(lambda one, other: one + other, accumulators, nothing(self.columns))
+        return functools.reduce(lambda one, other: one + other, accumulators, describe_nothing(self.columns))
 
     def extract_output(self, accumulator: Description) -> Description:
         return accumulator
 
 
-def proto(description: Description) -> pb.DatasetFeatureStatisticsList:
+def statistics_proto(description: Description) -> pb.DatasetFeatureStatisticsList:
     """The description as a `DatasetFeatureStatisticsList` of one dataset."""
     result = pb.DatasetFeatureStatisticsList()
     dataset = result.datasets.add(num_examples=description.rows)
@@ -221,8 +221,8 @@ def _write_numbers(stats: pb.NumericStatistics, column: NumericSketch) -> None:
 
 
 def equal_widths(column: NumericSketch, buckets: int = BUCKETS) -> tuple[Floats, Ints]:
-    """Bounds [buckets + 1] of equal widths and counts [buckets]; a value on a bound counts below it, a bin as its mean
-    does.
+    """Bounds [buckets + 1] of equal widths, and counts [buckets]. A value on a bound counts in the bucket below; a bin
+    counts where its mean does.
     """
     if column.least == column.greatest:
         return np.array([column.least, column.greatest]), np.array([column.values])
@@ -234,8 +234,8 @@ def equal_widths(column: NumericSketch, buckets: int = BUCKETS) -> tuple[Floats,
 
 
 def equal_counts(column: NumericSketch, buckets: int = BUCKETS) -> tuple[Floats, Floats]:
-    """Bounds [buckets + 1] at quantiles and counts [buckets]; buckets that end at one value share what it holds, as
-    TFDV has it.
+    """Bounds [buckets + 1] at quantiles, and counts [buckets]. Buckets that end at the same value share its count, as
+    in TFDV.
     """
     ranks = -(-np.arange(buckets + 1) * column.values // buckets) - 1
     bounds = column.ranked(np.maximum(ranks, 0))

@@ -1,6 +1,6 @@
-"""Statistics against a reviewed schema: what is expected, what broke it, how far it moved since the interval before.
+"""Compares statistics with a reviewed schema: what is expected, what violates it, and the drift between intervals.
 
-TFDV decides; this is the only file that knows it.  Its rules live in one shared library that needs neither TensorFlow
+TFDV decides; this is the only module that calls it.  Its rules live in one shared library that needs neither TensorFlow
 nor the rest of the package: loaded by itself it takes 15 ms, where `import tensorflow_data_validation` takes 5 s.
 """
 
@@ -33,22 +33,22 @@ from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 
 from schemas.errors import DefinitionError
 
-# How far a feature may move between intervals, where nothing was measured: Jensen–Shannon divergence of numbers,
-# greatest change of a value's share of strings, both from 0 to 1.
+# How far a feature may drift between intervals if nothing was measured: Jensen–Shannon divergence of numbers, or
+# greatest change of the share of a string, both from 0 to 1.
 DRIFT = 0.5
-# Where it was measured: so many times the most it moved, and never less than the least.
+# If drift was measured: this multiple of the greatest, and never less than the least.
 MARGIN, LEAST_DRIFT = 1.5, 0.1
-# Strings of more distinct values are no categories, and get no domain.
+# Strings with more distinct values are not categories, and get no domain.
 CATEGORIES = 100
 
 _LIBRARY = "tensorflow_data_validation.pywrap.tensorflow_data_validation_extension"
-# Descriptions name every unexpected value; a message need not.
+# TFDV's descriptions name every unexpected value; a message names some.
 _LONGEST = 300
 
 
 @dataclasses.dataclass(frozen=True)
 class Anomaly:
-    """One rule of the schema that the rows of an interval break.  `feature` is "(rows)" for the rows as a whole."""
+    """A rule of the schema that the rows of an interval violate.  `feature` is "(rows)" for the rows as a whole."""
 
     feature: str
     rule: str
@@ -69,31 +69,31 @@ def tfdv() -> ModuleType:
             if package is None or package.origin is None
             else sorted((Path(package.origin).parent / "pywrap").glob(f"{_LIBRARY.rsplit('.')[-1]}*.so"))
         )
-        if not found:  # laid out differently: the long way
+        if not found:  # the library is somewhere else: import the whole package
             return importlib.import_module(_LIBRARY).validation
         loader = importlib.machinery.ExtensionFileLoader(_LIBRARY, str(found[0]))
         spec = importlib.util.spec_from_file_location(_LIBRARY, found[0], loader=loader)
         assert spec is not None
         library = importlib.util.module_from_spec(spec)
         loader.exec_module(library)
-        sys.modules[_LIBRARY] = library  # whoever imports TFDV later gets this one
+        sys.modules[_LIBRARY] = library  # a later import of TFDV gets this module
     return sys.modules[_LIBRARY].validation
 
 
 def infer_schema(
     statistics: DatasetFeatureStatisticsList, columns: pa.Schema, pieces: Sequence[DatasetFeatureStatisticsList] = ()
 ) -> Schema:
-    """What the statistics look like as a schema.
+    """Infers a schema from statistics.
 
     Args:
         statistics: `DatasetFeatureStatisticsList`.
-        columns: the columns' Arrow types: only booleans are limited to 0 and 1, whatever was seen.
-        pieces: statistics of consecutive intervals.  How far they lie apart bounds each column's drift; a column that
-            moves all the way (the weekday, from day to day) gets no bound.
+        columns: the columns' Arrow types: only booleans are limited to 0 and 1, whatever the values were.
+        pieces: statistics of consecutive intervals.  Their distances bound each column's drift; a column that changes
+            completely (the weekday, from day to day) gets no bound.
     """
     serialised = tfdv().InferSchema(_dataset(statistics), CATEGORIES, True)
     schema = _completed(Schema.FromString(serialised), columns, set())
-    pairs = [measured(schema, now, before) for before, now in itertools.pairwise(pieces)]
+    pairs = [measure_drift(schema, now, before) for before, now in itertools.pairwise(pieces)]
     for feature in schema.feature if pairs else ():
         bound = max(MARGIN * max(pair.get(feature.name, 0.0) for pair in pairs), LEAST_DRIFT)
         if bound < 1:
@@ -109,27 +109,28 @@ def update_schema(
     columns: pa.Schema,
     previous: DatasetFeatureStatisticsList | None = None,
 ) -> Schema:
-    """The schema, changed as little as makes the statistics keep it, bounds on drift from `previous` included."""
+    """The schema with the fewest changes by which the statistics satisfy it, bounds on drift from `previous`
+    included."""
     known = {feature.name for feature in schema.feature}
     serialised = tfdv().UpdateSchema(schema.SerializeToString(), _dataset(statistics), CATEGORIES)
     updated = _completed(Schema.FromString(serialised), columns, known)
-    moved = {} if previous is None else measured(updated, statistics, previous)
+    moved = {} if previous is None else measure_drift(updated, statistics, previous)
     for feature in updated.feature:
         if feature.name in known & set(moved) and moved[feature.name] > _bound(feature).threshold:
             _bound(feature).threshold = _up(moved[feature.name])
     return updated
 
 
-def measured(
+def measure_drift(
     schema: Schema, statistics: DatasetFeatureStatisticsList, previous: DatasetFeatureStatisticsList
 ) -> dict[str, float]:
-    """How far each feature moved, of those whose drift the schema bounds."""
+    """The drift of each feature for which the schema has a bound."""
     found = _anomalies(schema, statistics, previous).drift_skew_info
     return {".".join(each.path.step): max(drift.value for drift in each.drift_measurements) for each in found}
 
 
 def _completed(schema: Schema, columns: pa.Schema, known: set[str]) -> Schema:
-    """The schema, its features that are not `known` free of chance bounds and with one on drift."""
+    """The schema, in which features that are not `known` lose bounds that are accidental, and get a bound on drift."""
     for feature in schema.feature:
         if feature.name in known:
             continue
@@ -137,37 +138,38 @@ def _completed(schema: Schema, columns: pa.Schema, known: set[str]) -> Schema:
             feature.ClearField("bool_domain")
         _bound(feature).threshold = DRIFT
         if feature.type != BYTES:
-            # Over equal widths, TFDV's default, one outlier moves everything else into one bucket: 0.98 where nothing
-            # else changed, and 1.0 where a column that was mostly 0 is all 0.  Over quantiles: 0.10 and 0.01.
+            # With buckets of equal width, TFDV's default, one outlier moves all other values into one bucket: a drift
+            # of 0.98 although nothing else changed, and of 1.0 for a column that was mostly 0 and is all 0 now.  With
+            # quantiles: 0.10 and 0.01.
             feature.drift_comparator.jensen_shannon_divergence.source.type = HistogramSelection.QUANTILES
     return schema
 
 
 def _bound(feature: Feature) -> InfinityNorm | JensenShannonDivergence:
     drift = feature.drift_comparator
-    if drift.HasField("infinity_norm"):  # somebody may have chosen it for a number
+    if drift.HasField("infinity_norm"):  # a user may have chosen it for a number
         return drift.infinity_norm
     return drift.infinity_norm if feature.type == BYTES else drift.jensen_shannon_divergence
 
 
 def _up(value: float) -> float:
-    """To the next hundredth."""
+    """Rounds up to the next hundredth."""
     return min(math.ceil(value * 100) / 100, 1.0)
 
 
-def validate(
+def find_anomalies(
     statistics: DatasetFeatureStatisticsList,
     schema: Schema,
     previous: DatasetFeatureStatisticsList | None = None,
     interval: str = "",
 ) -> tuple[Anomaly, ...]:
-    """Where the statistics break the schema; against `previous` statistics where it bounds drift."""
+    """Where the statistics violate the schema; bounds on drift are checked against `previous` statistics."""
     found = _anomalies(schema, statistics, previous)
     result = [
         Anomaly(name, reason.short_description, _cut(reason.description), interval)
         for name, info in sorted(found.anomaly_info.items())
         for reason in info.reason
-        # Values of a table are single: its shape is lost exactly when rows miss it, which is reported by itself.
+        # Values of a table are single: a feature loses its shape only if rows lack it, which is reported separately.
         if reason.type != AnomalyInfo.INVALID_FEATURE_SHAPE or len(info.reason) == 1
     ]
     result += [
@@ -200,10 +202,10 @@ def _dataset(statistics: DatasetFeatureStatisticsList) -> bytes:
 
 
 def parse_schema(text: str, path: str = "schema.pbtxt") -> Schema:
-    """The schema that a `schema.pbtxt` spells out.
+    """Parses the text of a `schema.pbtxt`.
 
     Raises:
-        DefinitionError: the text is not one.
+        DefinitionError: the text is not a schema.
     """
     try:
         return text_format.Parse(text, Schema())
@@ -216,7 +218,7 @@ def parse_schema(text: str, path: str = "schema.pbtxt") -> Schema:
 
 
 def schema_text(schema: Schema) -> str:
-    """The schema as text to keep and review."""
+    """The schema as text, to be stored and reviewed."""
     return HEADER + text_format.MessageToString(schema, as_utf8=True)
 
 
@@ -227,10 +229,10 @@ HEADER = """\
 
 
 def parse_statistics(content: bytes) -> DatasetFeatureStatisticsList:
-    """The `DatasetFeatureStatisticsList` that was serialised.
+    """Parses a serialised `DatasetFeatureStatisticsList`.
 
     Raises:
-        ValueError: something else was.
+        ValueError: the bytes are something else.
     """
     try:
         found = DatasetFeatureStatisticsList.FromString(content)

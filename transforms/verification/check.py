@@ -1,4 +1,4 @@
-"""Published rows against the same rows computed plainly."""
+"""Compares published rows with the same rows computed by plain code."""
 
 from __future__ import annotations
 
@@ -20,45 +20,47 @@ from transforms.sources.slices import Slice
 from transforms.storage.delta_tables import DataFile
 from transforms.verification.plain_features import recompute
 from transforms.verification.plain_sources import EVER, Files, Tables, TooManyRows, spine_rows
-from transforms.verification.sample import ROWS_PER_FILE, choose, choose_files, every_row
+from transforms.verification.sample import ROWS_PER_FILE, choose_files, choose_rows, every_row
 
-# Rows verified by default, and the share of a run's time that this may take: of a run over everything, of any other.
-ROWS = 100
-SHARE_OF_EVERYTHING, SHARE = 0.05, 0.25
-# Values of a source that are read in a second, for what is left undone for want of time; and what a run's files take.
+# Rows verified by default, and the share of a run's time that this may take: for a run over everything, and for any
+# other run.
+VERIFIED_ROWS = 100
+VERIFIED_SHARE_OF_EVERYTHING, VERIFIED_SHARE = 0.05, 0.25
+# For estimates of time: values of a source that are read per second; seconds per row group of a source, and per value
+# of a feature row.
 VALUES_PER_SECOND = 12e6
 SECONDS_PER_GROUP, SECONDS_PER_VALUE = 0.002, 4e-5
-# Part of the allowed time that an estimate may fill: the machine may be busy with other things.
+# The part of the allowed time that an estimate may fill: the machine may be busy with other work.
 FILLED = 0.7
-# Rows recomputed in one pass over the sources where every row is wanted.
+# Rows recomputed in one pass over the sources if every row is to be verified.
 AT_ONCE = 20_000
 EXAMPLES = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Amount:
+class SampleSize:
     """How many rows to verify.
 
     Args:
-        rows: at most so many; None: all.
-        share: of the time that the run has taken so far, which is not exceeded but for one row, and one for each
-            lifetime group; None: as long as it takes.
+        rows: the most rows to verify; None: all.
+        share: the share of the run's time so far that verification may take. One row, and one for each lifetime group,
+            is verified even if this takes longer. None: no limit.
         began: when the run began, µs since 1970.
     """
 
-    rows: int | None = ROWS
+    rows: int | None = VERIFIED_ROWS
     share: float | None = None
     began: int = 0
 
     @property
     def seconds(self) -> float | None:
-        """What an estimate may come to, as of now."""
+        """The seconds that an estimate may come to, as of now."""
         return None if self.share is None else max(time.time() - self.began / 1e6, 0.0) * self.share * FILLED
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A value that is not the one computed plainly; `row` holds the spine row's key and time."""
+    """A value that differs from the recomputed one; `row` has the spine row's key and time."""
 
     row: Mapping[str, object]
     feature: str
@@ -72,7 +74,8 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Verified:
-    """Rows verified, of how many; values compared; those that differ, some of them as examples; seconds taken."""
+    """How many rows were verified, and of how many; how many values were compared, and how many differ, with examples;
+    the seconds that this took."""
 
     rows: int = 0
     of: int = 0
@@ -96,7 +99,7 @@ class Verified:
 
     @property
     def figures(self) -> dict[str, object]:
-        """As JSON."""
+        """The figures as JSON values."""
         return {
             "rows": self.rows,
             "of": self.of,
@@ -107,7 +110,7 @@ class Verified:
         }
 
     def require_equal(self, what: str, fix: str) -> None:
-        """Refuse a difference.
+        """Checks that no value differs.
 
         Raises:
             MismatchError: names a row, its feature and both values.
@@ -127,20 +130,20 @@ class Verification:
 
     Args:
         view: the view.
-        contracts: per source, the spine's under its own name, the rules by which its rows count.
-        slices: per source, its row groups as the run listed them.
+        contracts: by source (the spine under its own name), the rules by which its rows count.
+        slices: by source, its row groups as the run listed them.
         amount: how many rows.
-        run_id: chooses the rows, with their ids.
+        run_id: decides, with the ids of the rows, which rows are chosen.
     """
 
     view: FeatureView
     contracts: Mapping[str, Contract]
     slices: Mapping[str, Sequence[Slice]]
-    amount: Amount
+    amount: SampleSize
     run_id: str
 
     def of_files(self, files: Sequence[DataFile]) -> Verified:
-        """Verify rows of `files`, published or about to be."""
+        """Verifies rows of `files`, which are published or about to be."""
         began = time.perf_counter()
         total = sum(file.rows for file in set(files))
         result = Verified(of=total)
@@ -150,13 +153,13 @@ class Verification:
                 result += self._rows(rows, tables, len(rows))
         elif self.amount.rows and total:
             count, chosen, starts, skip = self._affordable(files)
-            sample = choose(self.view, chosen, starts, count, self.run_id)
+            sample = choose_rows(self.view, chosen, starts, count, self.run_id)
             result += self._rows(sample.rows, dataclasses.replace(tables, skip=skip), sample.least)
         return dataclasses.replace(result, seconds=time.perf_counter() - began)
 
     def _affordable(self, files: Sequence[DataFile]) -> tuple[int, list[DataFile], list[DataFile], bool]:
-        """(How many rows, of which files, which of these begin a range, whether row groups out of reach are skipped):
-        what the time allows by estimate, and at least one row."""
+        """What the time allows by estimate, and at least one row: (number of rows, files to take them from, which of
+        these begin a range, whether row groups out of reach are skipped)."""
         rows, seconds = int(self.amount.rows or 1), self.amount.seconds
         most, each = max(rows // ROWS_PER_FILE, 1), SECONDS_PER_VALUE * len(self.view.columns)
         chosen, starts = choose_files(files, most, self.run_id)
@@ -165,7 +168,8 @@ class Verification:
         whole = self._seconds(None)
         if whole + rows * each <= seconds:
             return rows, chosen, starts, False
-        # Dates cost reading, rows computing: as many rows as time allows, and not all of one date.
+        # Each date costs reading, each row computing: as many rows are verified as time allows, and not all of one
+        # date.
         count, few = 1, 1
         for dates in range(1, most + 1):
             left = seconds - self._seconds(choose_files(files, dates, self.run_id)[0])
@@ -174,7 +178,7 @@ class Verification:
         return count, *choose_files(files, few, self.run_id), True
 
     def _seconds(self, files: Sequence[DataFile] | None) -> float:
-        """About how long it takes to read what the spine rows of `files` can see (None: all rows of the sources)."""
+        """The approximate seconds to read what the spine rows of `files` can see (None: all rows of the sources)."""
         total = 0.0
         days = None if files is None else np.array([midnight(file.date) for file in files])
         for name, slices in self.slices.items():
@@ -192,7 +196,7 @@ class Verification:
 
     @functools.cached_property
     def _reaches(self) -> dict[str, int | None]:
-        """How far back each source is seen, µs; None: for ever."""
+        """How far back the view sees each source, µs; None: without limit."""
         ever = {
             feature.source.name
             for feature in self.view.features
@@ -202,7 +206,7 @@ class Verification:
         return {name: None if name in ever else self.view.reach(name) for name in self.view.events}
 
     def _rows(self, rows: pl.DataFrame, tables: Files, least: int) -> Verified:
-        """Verify `rows`; of more than `least` those that memory allows."""
+        """Verifies `rows`; if there are more than `least`, only as many as fit in memory."""
         try:
             return verify_rows(self.view, rows, spine_rows(self.view, tables, rows), tables)
         except TooManyRows:
@@ -217,7 +221,7 @@ class Verification:
 def verify_written(
     written: Sequence[tuple[DataFile, Mapping[str, str]]], verification: Verification | None
 ) -> Verified | None:
-    """Verify some of the rows in files that are about to be committed.
+    """Verifies some of the rows in files that are about to be committed.
 
     Raises:
         MismatchError: a value differs.
@@ -233,10 +237,10 @@ def verify_written(
 
 
 def verify_rows(view: FeatureView, published: pl.DataFrame, spine: pl.DataFrame, tables: Tables) -> Verified:
-    """Compare published rows with those computed plainly.
+    """Compares published rows with those that plain code computes.
 
     Args:
-        spine: the published rows' spine rows, in their order; `__found` is null where the source has none.
+        spine: the spine rows of the published rows, in their order; `__found` is null where the source has none.
     """
     found = spine["__found"].fill_null(False)
     differences = [
@@ -256,7 +260,7 @@ def verify_rows(view: FeatureView, published: pl.DataFrame, spine: pl.DataFrame,
 
 
 def differ(left: pl.Series, right: pl.Series) -> pl.Series:
-    """Where two columns differ in a bit; nulls are equal."""
+    """Where two columns differ in at least one bit; nulls are equal."""
     if left.dtype == pl.Float32:
         left, right = (side.reinterpret(signed=False) for side in (left, right.cast(pl.Float32)))
     return left.ne_missing(right)

@@ -1,7 +1,7 @@
-"""Expressions of a definition evaluated one operation at a time, arithmetic in the widest types.
+"""Evaluates expressions of a definition one operation at a time, with arithmetic in the widest types.
 
-What computes numbers reads integers in 128 bits, its result null where Int64 does not hold it, and floats as Float64,
-whatever the width of the columns.  All else reads values as they are.
+Arithmetic on integers uses 128 bits, and its result is null where Int64 cannot hold it. Arithmetic on floats uses
+Float64. The width of the columns does not matter.  All other operations read values as they are.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import polars as pl
 
 from schemas.expressions import Node
 
-# Operations on integers whose result is an integer, and those that compute otherwise; Polars' written form begins with
-# these names.
+# Operations on integers whose result is an integer, and other operations that compute; in Polars' written form, they
+# begin with these names.
 _WHOLE = {
     "Plus",
     "Minus",
@@ -33,26 +33,27 @@ _WHOLE = {
 }
 _OTHER = {"TrueDivide", "MeanHorizontal", "Log", "Log1p", "Exp", "Trigonometry", "Atan2", "Hypot", "Erf", "Erfc"}
 _MINUS = json.loads((0 - pl.col("__0")).meta.serialize(format="json"))
-# A power that float64 finds beyond this is beyond Int64, whatever 128 bits make of it.
+# A power that is beyond this as a float64 does not fit into Int64, even if 128 bits can hold it.
 _LARGE = 2.0**100
 
 
 def evaluate(expr: pl.Expr, frame: pl.DataFrame) -> pl.Series:
-    """The value of `expr` in each row of `frame`."""
+    """The value of `expr` for each row of `frame`."""
     node = json.loads(expr.meta.serialize(format="json"))
     result = _value(node, frame)
     if result.dtype == pl.UInt64 and '"Hash"' in json.dumps(node):
-        result = result.reinterpret(signed=True)  # a hash is kept as the integer of the same 64 bits
+        result = result.reinterpret(signed=True)  # a hash becomes the signed integer with the same 64 bits
     return result if len(result) == len(frame) else result.new_from_index(0, len(frame))
 
 
-def holds(condition: pl.Expr, frame: pl.DataFrame) -> pl.Series:
-    """Where `condition` is true; null is not."""
+def where_true(condition: pl.Expr, frame: pl.DataFrame) -> pl.Series:
+    """Where `condition` is true; null counts as false."""
     return evaluate(condition, frame).fill_null(False)
 
 
-def stored(values: pl.Series, dtype: pl.DataType) -> pl.Series:
-    """`values` as a feature's stored type: null for what it does not hold, and for what is not finite."""
+def as_stored(values: pl.Series, dtype: pl.DataType) -> pl.Series:
+    """Converts `values` to a feature's stored type: null for values that it cannot hold, and for values that are not
+    finite."""
     result = values.cast(dtype, strict=False)
     return result.set(~result.is_finite().fill_null(True), None) if dtype.is_float() else result
 
@@ -65,19 +66,19 @@ def _value(node: Node, frame: pl.DataFrame) -> pl.Series:
         return _value(body[0], frame)
     what = _computation(node)
     inputs: dict[str, pl.Series] = {}
-    # Beside a literal Polars divides otherwise than beside a column: an operator gets columns alone.
+    # Polars divides differently by a literal than by a column: so an operator gets only columns.
     over = _over(node, frame, inputs, literals=what is not None and kind == "BinaryExpr")
     if what is not None:
         return _computed(what, over, inputs, len(frame))
     try:
         return _made(over, inputs, len(frame))
-    except pl.exceptions.PolarsError:  # it does not take the wider type of what was computed
+    except pl.exceptions.PolarsError:  # a membership test does not accept the wider type of a computed value
         types = {name: _narrow(child, frame) for name, child in zip(inputs, _reading(node), strict=True)}
         return _made(over, {name: each.cast(types[name], strict=False) for name, each in inputs.items()}, len(frame))
 
 
 def _computation(node: Node) -> str | None:
-    """Which arithmetic `node` does, if any."""
+    """The arithmetic that `node` does, if any."""
     ((kind, body),) = node.items()
     if kind == "BinaryExpr":
         return body["op"] if body["op"] in _WHOLE | _OTHER else None
@@ -95,7 +96,7 @@ def _computed(what: str, node: Node, inputs: dict[str, pl.Series], height: int) 
         return _quotient(*inputs.values())
     wide = {name: _wide(each, whole=what in _WHOLE) for name, each in inputs.items()}
     if what == "Negate" and all(each.dtype == pl.Int128 for each in wide.values()):
-        node = _MINUS  # Polars has no negative of 128 bits
+        node = _MINUS  # Polars cannot negate integers of 128 bits
     result = _made(node, wide, height)
     if not result.dtype.is_integer():
         return result
@@ -112,7 +113,7 @@ def _made(node: Node, inputs: dict[str, pl.Series], height: int) -> pl.Series:
 
 
 def _quotient(left: pl.Series, right: pl.Series) -> pl.Series:
-    """The quotient of each two numbers, rounded once."""
+    """The quotient of each pair of numbers, rounded once."""
     with np.errstate(all="ignore"):
         a, b = (side.cast(pl.Float64).fill_null(np.nan).to_numpy() for side in (left, right))
         result = pl.Series(a / b)
@@ -120,7 +121,7 @@ def _quotient(left: pl.Series, right: pl.Series) -> pl.Series:
 
 
 def _wide(values: pl.Series, whole: bool) -> pl.Series:
-    """`values` in the widest type of their kind; integers as such only where `whole`."""
+    """`values` in the widest type of their kind; integers stay integers only if `whole`."""
     dtype = values.dtype
     inner = dtype.inner if isinstance(dtype, pl.List) else dtype
     if inner.is_integer():
@@ -133,12 +134,12 @@ def _wide(values: pl.Series, whole: bool) -> pl.Series:
 
 
 def _narrow(node: Node, frame: pl.DataFrame) -> pl.DataType:
-    """The type that Polars itself gives a part of an expression."""
+    """The type that Polars gives to a part of an expression."""
     return frame.clear().select(_expression(node).alias("_")).to_series().dtype
 
 
 def _operands(node: Node) -> list[Node]:
-    """The parts of an operation that it computes from."""
+    """The operands of an operation."""
     ((kind, body),) = node.items()
     if kind == "Function":
         return list(body["input"])
@@ -147,13 +148,13 @@ def _operands(node: Node) -> list[Node]:
 
 
 def _reading(node: Node) -> list[Node]:
-    """Those that read columns; literals keep their own way of meeting a column's type."""
+    """The operands that read columns; literals adapt to the type of a column by themselves."""
     return [child for child in _operands(node) if _expression(child).meta.root_names()]
 
 
 def _over(node: Node, frame: pl.DataFrame, inputs: dict[str, pl.Series], literals: bool) -> Node:
-    """`node` with every operand that reads columns (and `literals` too) evaluated and replaced by one column of
-    `inputs`.
+    """`node` with every operand that reads columns (and literals too, if `literals`) evaluated, and replaced by a
+    column of `inputs`.
     """
 
     def operand(child: Node) -> Node:
@@ -165,7 +166,7 @@ def _over(node: Node, frame: pl.DataFrame, inputs: dict[str, pl.Series], literal
             return child
         name = f"__{len(inputs)}"
         inputs[name] = value if len(value) == len(frame) else value.new_from_index(0, len(frame))
-        # Some functions read their operands' names: fields of a struct are called so.
+        # Some functions use the names of their operands, for example for the fields of a struct.
         return {"Alias": [{"Column": name}, _expression(child).meta.output_name()]}
 
     ((kind, body),) = node.items()

@@ -12,9 +12,9 @@ import polars as pl
 
 from schemas.features import ORDERED, Derived, Latest, Lookup, Statistic, Trailing
 from schemas.views import FeatureView
-from transforms.verification.plain_expressions import evaluate, holds, stored
-from transforms.verification.plain_sources import Tables, Wanted, dimension_rows, events
-from transforms.verification.plain_statistics import rounded, statistic, variance, variances_allowed
+from transforms.verification.plain_expressions import as_stored, evaluate, where_true
+from transforms.verification.plain_sources import Tables, Wanted, dimension_row_of_each, events
+from transforms.verification.plain_statistics import exact_variance, plain_statistic, rounded, variances_allowed
 
 Ints = npt.NDArray[np.int64]
 Reading = Trailing | Latest | Lookup
@@ -26,26 +26,27 @@ def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published:
 
     Args:
         spine: the spine source's columns.
-        published: what was computed of the same rows elsewhere.  Of variances it is taken where it is one that the
-            promised bits allow (see `plain_statistics`).
+        published: the published features of the same rows.  A published variance is returned if the promised bits allow
+            it (see `plain_statistics`).
     """
     frame, moments = spine, spine[view.time].to_physical().to_numpy()
     waiting: Waiting = []
     derived: list[Derived] = []
-    to_come: set[str] = set()  # names that `waiting` and `derived` will make
+    to_come: set[str] = set()  # names of columns that `waiting` and `derived` compute
 
     def computed(frame: pl.DataFrame) -> pl.DataFrame:
         frame = frame.with_columns(_gathered(view, waiting, moments, tables, published))
         for feature in derived:
             made = [
-                stored(evaluate(expr, frame), view.columns[name]).alias(name) for name, expr in feature.columns.items()
+                as_stored(evaluate(expr, frame), view.columns[name]).alias(name)
+                for name, expr in feature.columns.items()
             ]
             frame = frame.with_columns(made)
         for each in (waiting, derived, to_come):
             each.clear()
         return frame
 
-    # A source is read once for all features that can be computed together: whatever comes before one of their keys.
+    # A source is read once for all features that can be computed together, which are those whose keys are known.
     for feature in view.features:
         if isinstance(feature, Derived):
             derived.append(feature)
@@ -59,7 +60,8 @@ def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published:
 
 
 def _values(feature: Reading, frame: pl.DataFrame) -> pl.DataFrame:
-    """The spine rows' keys with the names and types of the source's; a key that its type does not hold is null."""
+    """The keys of the spine rows, with the names and types of the source's keys; a key that does not fit this type is
+    null."""
     types = feature.source.schema
     return pl.DataFrame([frame[left].cast(types[right], strict=False).alias(right) for left, right in feature.keys])
 
@@ -104,10 +106,10 @@ def _length(feature: Trailing | Latest) -> int | None:
 
 def _looked_up(view: FeatureView, feature: Lookup, values: pl.DataFrame, tables: Tables) -> list[pl.Series]:
     keys = values.columns
-    rows = dimension_rows(tables, feature.source.name, keys, values)
+    rows = dimension_row_of_each(tables, feature.source.name, keys, values)
     rows = rows.select(*keys, *(pl.col(column).alias(f"__{column}") for column in feature.columns))
     found = values.join(rows, on=keys, how="left", maintain_order="left")
-    return [stored(found[f"__{column}"], view.columns[name]).alias(name) for column, name in feature.renamed.items()]
+    return [as_stored(found[f"__{column}"], view.columns[name]).alias(name) for column, name in feature.renamed.items()]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,9 +117,9 @@ class _Windows:
     """The windows of some spine rows over the events that they could see.
 
     Args:
-        events: the events whose key some spine row has, by key and in order of place.
+        events: the events with the key of some spine row, sorted by key, then by `placed`.
         key: number of each event's key.
-        placed: time by which each event lies in a window, µs.
+        placed: the time that decides which windows contain an event, µs.
         known: time when each event became known, µs.
         of_row: number of each spine row's key; −1 if no event has it.
         moments: time of each spine row, µs.
@@ -132,10 +134,10 @@ class _Windows:
 
     @classmethod
     def of(cls, feature: Trailing | Latest, values: pl.DataFrame, moments: Ints, seen: pl.DataFrame) -> _Windows:
-        """The windows of one feature over the events in order of place (see `plain_sources.events`)."""
+        """The windows of one feature over the events in order of `placed` (see `plain_sources.events`)."""
         source, keys = feature.source, list(values.columns)
         if feature.where is not None:
-            seen = seen.filter(holds(feature.where, seen))
+            seen = seen.filter(where_true(feature.where, seen))
         groups = values.drop_nulls().unique().with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("__key"))
         seen = seen.join(groups, on=keys, how="inner", maintain_order="left").sort("__key", maintain_order=True)
         of_row = values.join(groups, on=keys, how="left", maintain_order="left")["__key"].fill_null(-1).to_numpy()
@@ -144,7 +146,7 @@ class _Windows:
         return cls(seen, seen["__key"].to_numpy(), placed, known, of_row, moments)
 
     def positions(self, length: int | None) -> list[Ints]:
-        """For each spine row the events in `[t − length, t)` that were known before t."""
+        """For each spine row, the events in `[t − length, t)` that were known before t."""
         return [self._positions(row, length) for row in range(len(self.moments))]
 
     def _positions(self, row: int, length: int | None) -> Ints:
@@ -162,7 +164,7 @@ def _latest(view: FeatureView, feature: Latest, windows: _Windows) -> list[pl.Se
     found = windows.positions(feature.length)
     last = pl.Series([int(positions[-1]) if len(positions) else None for positions in found], dtype=pl.Int64)
     return [
-        stored(windows.events[column].gather(last), view.columns[name]).alias(name)
+        as_stored(windows.events[column].gather(last), view.columns[name]).alias(name)
         for column, name in feature.renamed.items()
     ]
 
@@ -187,22 +189,22 @@ def _statistic(
         dtype = events[each.column].dtype
     elif each.stat in ("count", "n_unique"):
         dtype = pl.Int64()
-    results = pl.Series(each.name, [statistic(each.stat, part) for part in parts], dtype)
-    return stored(results, view.columns[each.name]).alias(each.name)
+    results = pl.Series(each.name, [plain_statistic(each.stat, part) for part in parts], dtype)
+    return as_stored(results, view.columns[each.name]).alias(each.name)
 
 
 def _parts(column: pl.Series, stat: str, inside: Sequence[Ints]) -> list[list[Any]]:
     """The values of each window, in order."""
     if stat in ("n_unique", *ORDERED) or not (column.dtype.is_numeric() or column.dtype == pl.Boolean):
         return [column.gather(pl.Series(positions)).drop_nulls().to_list() for positions in inside]
-    numbers = column.cast(pl.Float64).to_numpy()  # of which NaN is none: it was read as null
+    numbers = column.cast(pl.Float64).to_numpy()  # none of them is NaN, which was read as null
     return [values[~np.isnan(values)].tolist() for values in (numbers[positions] for positions in inside)]
 
 
 def _variances(name: str, stat: str, parts: Sequence[list[float]], published: pl.Series) -> pl.Series:
     results: list[float | None] = []
     for part, given in zip(parts, published.to_list(), strict=True):
-        exact = variance(part)
+        exact = exact_variance(part)
         if exact is None:
             results.append(None)
             continue

@@ -1,7 +1,7 @@
-"""Sources read plainly: every row group is looked at, and the rows that the sampled spine rows can see are kept.
+"""Reads sources by plain code: every row group is looked at, and the rows that the sampled spine rows can see are kept.
 
-A first look at a row group reads its times alone; where none is within reach of a sampled row, the other columns are
-left.
+First, only the times of a row group are read; the other columns are read only if some time is within reach of a sampled
+row.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import polars as pl
 from schemas.errors import ContractError
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.sources.contracts import UNREADABLE, Contract, check_rows, not_whole
+from transforms.sources.contracts import READ_ERRORS, Contract, check_rows, not_whole
 from transforms.sources.conversions import with_problems
 from transforms.sources.data_files import DataFile, open_file, stamp_of
 from transforms.sources.slices import Slice
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-# Rows of a source that are held before they are reduced to those that are wanted.
+# Rows of a source in memory before they are reduced to those that are needed.
 PIECE = 500_000
-# Rows kept of one source; a sample whose windows hold more is made smaller.
+# Most rows that are kept of one source; a sample whose windows contain more is made smaller.
 MOST_KEPT = 3_000_000
 EVER = 2**62
 
 
 class TooManyRows(Exception):
-    """The windows of a sample hold more rows than are to be held in memory."""
+    """The windows of a sample contain more rows than may be in memory."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,8 +41,8 @@ class Wanted:
     Args:
         keys: columns of the source.
         values: their values, one row per spine row; null matches nothing.
-        moments: the spine rows' times, µs.
-        length: how far back the longest window reaches, µs; None: for ever.
+        moments: the times of the spine rows, µs.
+        length: how far back the longest window reaches, µs; None: without limit.
     """
 
     keys: tuple[str, ...]
@@ -51,15 +51,15 @@ class Wanted:
     length: int | None
 
     def within(self, known: Ints, placed: Ints) -> Bools:
-        """Rows that lie in the window of some spine row, whatever its key: the first moment after the row was known
-        is no further from the row's place than the window reaches."""
+        """Rows that are in the window of some spine row of any key: the first spine row after the row became known is
+        not further from the row's position in time than the window reaches."""
         moments = np.sort(self.moments)
         after = np.searchsorted(moments, known, "right")
         later = np.append(moments, EVER)[after]
         return (after < len(moments)) & (later - placed <= (EVER if self.length is None else self.length))
 
     def of(self, frame: pl.DataFrame) -> pl.DataFrame:
-        """The rows of `frame` whose key is wanted."""
+        """The rows of `frame` whose key is among `values`."""
         return frame.join(self.values.drop_nulls().unique(), on=list(self.keys), how="semi")
 
 
@@ -70,8 +70,8 @@ class Files:
     Args:
         contracts: per source, the rules by which its rows count.
         slices: per source, its row groups.
-        skip: leave out row groups that by their footers hold nothing within reach, without looking at their times.
-        most: rows of one source to hold in memory.
+        skip: leave out row groups that have nothing within reach by their footers, without reading their times.
+        most: the most rows of one source in memory.
     """
 
     contracts: Mapping[str, Contract]
@@ -81,10 +81,10 @@ class Files:
     resolved = False
 
     def rows(self, name: str, columns: Sequence[str], wanted: Sequence[Wanted] | None = None) -> Iterator[pl.DataFrame]:
-        """`columns` of the rows of a source in declared types, good and bad, some at a time.
+        """Yields `columns` of all rows of a source, valid and invalid, in declared types.
 
         Args:
-            wanted: row groups without any row within reach are left out.
+            wanted: row groups without a row within reach are left out.
         """
         contract = self.contracts[name]
         held: list[pl.DataFrame] = []
@@ -101,8 +101,8 @@ class Files:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Frames:
-    """Sources in memory, of good rows without repeats."""
+class SourceFrames:
+    """Sources in memory: valid rows without repeats."""
 
     contracts: Mapping[str, Contract]
     frames: Mapping[str, pl.DataFrame]
@@ -115,17 +115,18 @@ class Frames:
         yield frame.select(name for name in columns if name in frame.columns)
 
 
-Tables = Files | Frames
+Tables = Files | SourceFrames
 
 
 def identity(view: FeatureView, source: Source) -> tuple[str, ...]:
-    """Columns whose repeated values count once; none if every row counts.  A spine row is one key at one time."""
+    """Columns whose repeated values count once; none if every row counts.  A spine row is identified by key and
+    time."""
     return (view.time, *view.key) if source is view.spine else tuple(source.unique or ())
 
 
 def events(view: FeatureView, tables: Tables, name: str, wanted: Sequence[Wanted], tied: bool) -> pl.DataFrame:
-    """The good rows of a source that `wanted` can see, each once, in order of place, and of `order` and all declared
-    columns where `tied` rows must be ordered.
+    """The valid rows of a source that `wanted` can see, without repeats, sorted by position in time; if `tied` rows
+    must be ordered, then also by `order` and all declared columns.
 
     Raises:
         TooManyRows: more than `tables.most`.
@@ -143,10 +144,10 @@ def events(view: FeatureView, tables: Tables, name: str, wanted: Sequence[Wanted
 
 
 def spine_rows(view: FeatureView, tables: Tables, identities: pl.DataFrame) -> pl.DataFrame:
-    """The spine rows of the keys and times `identities`, in that order; null where the source has none."""
+    """The spine rows with the keys and times `identities`, in that order; null where the source has none."""
     contract = tables.contracts[view.spine.name]
     names, columns = [view.time, *view.key], list(view.spine.schema)
-    # A window of one microsecond sees the moment before the next: exactly the times in question.
+    # A window of one microsecond before the next microsecond contains exactly the wanted time.
     wanted = Wanted(tuple(names), identities.select(names), _moments(identities[view.time]) + 1, 1)
     kept = _kept(contract, tables.rows(view.spine.name, columns, [wanted]), [wanted])
     kept = kept.sort(columns).unique(names, keep="first", maintain_order=True)
@@ -157,9 +158,9 @@ def spine_rows(view: FeatureView, tables: Tables, identities: pl.DataFrame) -> p
     )
 
 
-def dimension_rows(tables: Tables, name: str, keys: Sequence[str], values: pl.DataFrame) -> pl.DataFrame:
-    """The row of a dimension for each of `values`, by name the same as `keys`: of several the smallest by all declared
-    columns.
+def dimension_row_of_each(tables: Tables, name: str, keys: Sequence[str], values: pl.DataFrame) -> pl.DataFrame:
+    """The row of a dimension for each row of `values`, whose columns are named as `keys`. Of several rows, the smallest
+    by all declared columns is taken.
     """
     contract = tables.contracts[name]
     columns = list(contract.source.schema)
@@ -188,7 +189,7 @@ def _kept(
 
 
 def _seen(source: Source, frame: pl.DataFrame, wanted: Sequence[Wanted]) -> pl.DataFrame:
-    """The rows of `frame` that any of `wanted` can see."""
+    """The rows of `frame` that some of `wanted` can see."""
     known, placed = _times(source, frame)
     frame = frame.with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("__at"))
     rows = np.zeros(len(frame), np.bool_)
@@ -201,11 +202,12 @@ def _seen(source: Source, frame: pl.DataFrame, wanted: Sequence[Wanted]) -> pl.D
 def _each_once(
     contract: Contract, tables: Tables, kept: pl.DataFrame, once: Sequence[str], wanted: Sequence[Wanted]
 ) -> pl.DataFrame:
-    """`kept` without repeats: of all the source's rows of one identity the first known stays, and of those of one
-    moment the smallest by `order` and all declared columns.  It may have another key, or lie before every window."""
+    """`kept` without repeats: of all rows of the source with the same identity, the one that was known first stays; of
+    rows with the same time, the smallest by `order` and all declared columns.  This row may have another key, or be
+    before every window."""
     source, names = contract.source, list(once)
     values = kept.select(names).unique()
-    # With the time in the identity, repeats are of the very moments of the rows that are kept.
+    # If the identity includes the time, repeats have the times of the rows that are kept.
     timed = source.time in once and source.event_time is None
     moments = [Wanted(tuple(names), values, _moments(kept[str(source.time)]) + 1, 1)] if timed else None
     some = list(dict.fromkeys(names))
@@ -224,7 +226,7 @@ def _each_once(
 
 
 def _times(source: Source, frame: pl.DataFrame) -> tuple[Ints, Ints]:
-    """When each row was known, and where in time it is placed; what has no time is never seen."""
+    """When each row became known, and its position in time; a row without a time is never seen."""
     known = _moments(frame[str(source.time)].fill_null(_LAST))
     return known, known if source.event_time is None else _moments(frame[source.event_time].fill_null(_LAST))
 
@@ -237,7 +239,7 @@ def _moments(times: pl.Series) -> Ints:
 
 
 def _overlaps(each: Slice, wanted: Sequence[Wanted]) -> bool:
-    """Whether by its footer some row of the row group is within reach."""
+    """Whether some row of the row group is within reach according to its footer."""
     for one in wanted:
         moments = np.sort(one.moments)
         after = np.searchsorted(moments, each.low, "right")
@@ -249,19 +251,19 @@ def _overlaps(each: Slice, wanted: Sequence[Wanted]) -> bool:
 def _read(
     contract: Contract, each: Slice, columns: Sequence[str], wanted: Sequence[Wanted] | None
 ) -> Iterator[pl.DataFrame]:
-    """Columns of a row group; nothing where by its times no row is within reach."""
+    """Columns of a row group; nothing if none of its times is within reach."""
     source = contract.source
     file = open_file(each.path, source)
     times = [name for name in (source.time, source.event_time) if name is not None]
     try:
-        # Footers are not believed where they say that nothing is within reach.
+        # The times are read even if the footer has nothing within reach: footers are not trusted here.
         if (
             wanted is None
             or _overlaps(each, wanted)
             or any(_any_within(source, frame, wanted) for frame in _pieces(contract, file, each, times))
         ):
             yield from _pieces(contract, file, each, columns)
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         raise not_whole(source, each.path, error) from None
     if each.stamp and stamp_of(each.path) != each.stamp:
         raise ContractError(

@@ -12,8 +12,9 @@ import numpy as np
 _VARIANCE = Fraction(1, 2**40)
 
 
-def statistic(stat: str, values: list[Any]) -> Any:
-    """`stat` of the values, in order of time and without nulls; numbers as float64 where the statistic needs them."""
+def plain_statistic(stat: str, values: list[Any]) -> Any:
+    """`stat` of the values, which are in order of time and without nulls; numbers are float64 if the statistic needs
+    it."""
     if stat == "count":
         return len(values)
     if stat == "n_unique":
@@ -47,12 +48,12 @@ def quantile(values: list[float], q: float) -> float:
     return a + (b - a) * t if t < 0.5 else b - (b - a) * (1 - t)
 
 
-def variance(numbers: list[float]) -> Fraction | None:
-    """Unbiased variance (n − 1), exact; None of fewer than two values."""
+def exact_variance(numbers: list[float]) -> Fraction | None:
+    """Exact unbiased variance (n − 1); None for fewer than two values."""
     n = len(numbers)
     if n < 2:
         return None
-    # Every float64 is an integer over a power of two: over one denominator the sums are sums of integers.
+    # Every float64 is an integer over a power of two: with a common denominator, the sums are sums of integers.
     pairs = [number.as_integer_ratio() for number in numbers]
     unit = max(denominator for _, denominator in pairs)
     whole = [numerator * (unit // denominator) for numerator, denominator in pairs]
@@ -65,7 +66,8 @@ def rounded(exact: Fraction, stat: str) -> float:
 
 
 def variances_allowed(exact: Fraction, stat: str) -> tuple[np.float32, np.float32]:
-    """Least and largest float32 that a variance (or its root) of 40 good bits can round to; mostly one number."""
+    """The least and the greatest float32 to which a variance (or its root) with 40 good bits can round; usually they
+    are equal."""
     with np.errstate(over="ignore"):
         return (
             np.float32(rounded(exact * (1 - _VARIANCE), stat)),

@@ -1,4 +1,4 @@
-"""Which of the rows to be published are verified: spread over dates and files, chosen by a hash of row and run."""
+"""Chooses the rows to verify: spread over dates and files, by a hash of row and run."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from schemas.feature_groups import GroupKey, group_key
 from schemas.features import Latest, Trailing
 from schemas.views import FeatureView
 from transforms.records.record_batches import frame
-from transforms.records.row_hashing import combine, hash_column, hash_text
+from transforms.records.row_hashing import combine_hashes, hash_column, hash_text
 from transforms.storage.delta_tables import DataFile, read_file
 
-# Sampled rows per file that is opened for them.
+# Sampled rows per opened file.
 ROWS_PER_FILE = 12
-# Starts of ranges of dates that a sample looks into; more are spread over.
+# A sample looks into the starts of at most so many ranges of dates; if there are more, it is spread over them.
 MOST_STARTS = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """Published rows, those that show most first.  The first `least` are one for each lifetime group."""
+    """Published rows, most revealing first.  The first `least` are one row for each lifetime group."""
 
     rows: pl.DataFrame
     least: int
 
 
-def lifetime_groups(view: FeatureView) -> list[list[str]]:
-    """Names of the features over all history, those of one source, key and condition together."""
+def lifetime_feature_names(view: FeatureView) -> list[list[str]]:
+    """Names of the features over all history, grouped by source, key and condition."""
     groups: dict[GroupKey, list[str]] = {}
     for feature in view.features:
         if not isinstance(feature, Trailing | Latest):
@@ -49,7 +49,7 @@ def lifetime_groups(view: FeatureView) -> list[list[str]]:
 
 
 def choose_files(files: Iterable[DataFile], most: int, run_id: str) -> tuple[list[DataFile], list[DataFile]]:
-    """(Files to sample from, those of them that begin a range of dates)."""
+    """Returns (files to sample from, those of them that begin a range of dates)."""
     known = sorted(set(files), key=lambda file: (file.date, file.path))
     days = sorted({file.date for file in known})
     begin = {day for day in days if day - timedelta(days=1) not in set(days)}
@@ -62,25 +62,28 @@ def choose_files(files: Iterable[DataFile], most: int, run_id: str) -> tuple[lis
 
 
 def _spread(files: Sequence[DataFile], most: int, run_id: str) -> list[DataFile]:
-    """At most so many of the files, at equal distances from a place that the run's id chooses."""
+    """At most so many of the files, at equal distances; the run's id decides where they begin."""
     if len(files) <= most:
         return list(files)
     offset = int(hash_text(run_id)) % 1000 / 1000
     return [files[int((i + offset) * len(files) / most)] for i in range(max(most, 0))]
 
 
-def choose(view: FeatureView, files: Sequence[DataFile], starts: Sequence[DataFile], count: int, run_id: str) -> Sample:
-    """`count` rows of `files`, of each its edges, then those that have most values and some by chance, in turn."""
-    quota = 2 * -(-count // max(len(files), 1))  # of which a file with few rows leaves some to the others
+def choose_rows(
+    view: FeatureView, files: Sequence[DataFile], starts: Sequence[DataFile], count: int, run_id: str
+) -> Sample:
+    """Chooses `count` rows of `files`: from each file its first and last row, then alternately rows with many values
+    and random ones."""
+    quota = 2 * -(-count // max(len(files), 1))  # a file with few rows leaves part of its share to the others
     ranked, first = [], []
     for file in files:
         rows = frame(read_file(file)).sort(view.time, *view.key)
         ranked.append(_ranked(view, rows, quota, run_id))
         if file in starts:
             first.append(rows)
-    groups = lifetime_groups(view)
+    groups = lifetime_feature_names(view)
     least = [_with_history(view, first, names, run_id) for names in groups] if first else []
-    # Older files may lack the column of how a row was computed.
+    # Older files may lack the column that records how a row was computed.
     mixed = pl.concat(ranked, how="diagonal").sort("__rank", maintain_order=True).drop("__rank")
     whole = pl.concat([*least, mixed], how="diagonal")
     distinct = whole.unique("row_id", keep="first", maintain_order=True)
@@ -89,12 +92,12 @@ def choose(view: FeatureView, files: Sequence[DataFile], starts: Sequence[DataFi
 
 
 def _ranked(view: FeatureView, rows: pl.DataFrame, quota: int, run_id: str) -> pl.DataFrame:
-    """`quota` of a file's rows in order of `__rank`."""
+    """The first `quota` of a file's rows by `__rank`."""
     nulls = rows.select(pl.sum_horizontal(pl.col(name).is_null() for name in view.columns)).to_series().to_numpy()
     draw = _draw(rows, run_id)
     fullest, chance = np.lexsort((draw, nulls)), np.argsort(draw)
     edges = np.array([0, len(rows) - 1])
-    # Half by chance alone: rows whose windows are empty count too.
+    # Half of the rows are chosen at random, so that rows with empty windows are verified too.
     mixed = [
         *edges,
         *(int(position) for i in range(quota) for position in (chance if i % 2 else fullest)[i : i + 1]),
@@ -104,7 +107,7 @@ def _ranked(view: FeatureView, rows: pl.DataFrame, quota: int, run_id: str) -> p
 
 
 def _with_history(view: FeatureView, starts: Sequence[pl.DataFrame], names: Sequence[str], run_id: str) -> pl.DataFrame:
-    """One of a range's first rows whose features over all history have values, which come from before the range."""
+    """One of the first rows of a range whose lifetime features have values; these come from before the range."""
     start = starts[int(hash_text(run_id)) % len(starts)]
     filled = [
         pl.col(name).cast(pl.Int64) > 0 if view.columns[name].is_integer() else pl.col(name).is_not_null()
@@ -116,11 +119,11 @@ def _with_history(view: FeatureView, starts: Sequence[pl.DataFrame], names: Sequ
 
 
 def _draw(rows: pl.DataFrame, run_id: str) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    return combine([hash_column(rows["row_id"]), hash_text(run_id)])
+    return combine_hashes([hash_column(rows["row_id"]), hash_text(run_id)])
 
 
 def every_row(files: Iterable[DataFile], at_once: int) -> Iterator[pl.DataFrame]:
-    """All rows of the files, so many at a time."""
+    """Yields all rows of the files, some at a time."""
     held: list[pl.DataFrame] = []
     for file in sorted(set(files), key=lambda file: (file.date, file.path)):
         rows = frame(read_file(file))

@@ -12,7 +12,7 @@ from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 
 from beam_pipelines import cli, features
 from beam_pipelines.commands.plan import main, reasons
-from beam_pipelines.runtime.features_arguments import Options
+from beam_pipelines.runtime.features_arguments import FeaturesOptions
 from beam_pipelines.runtime.plan_text import steps
 from schemas.errors import DefinitionError
 from tests.support import shop
@@ -97,7 +97,7 @@ def test_the_plan_asked_for_is_shown(case: list[str], capsys: Out) -> None:
     assert "Gather" in section(out, "Beam steps")
 
 
-def graph_steps(options: Options, work: PreparedRun) -> dict[str, tuple[str, ...]]:
+def graph_steps(options: FeaturesOptions, work: PreparedRun) -> dict[str, tuple[str, ...]]:
     """Labels of the graph's steps, with those right below them; the inside of Beam's own steps is left out."""
     pipeline = beam.Pipeline(runner="DirectRunner", options=PipelineOptions([]))
     features.build(pipeline, options, work)

@@ -16,7 +16,7 @@ from transforms.sources.tallies import SourceTally
 from transforms.storage.delta_tables import newest_version
 from transforms.storage.paths import features_uri
 from transforms.validation.publish_check import CheckedRun, PublishRules, check_statistics, make_check
-from transforms.validation.statistics import describe, proto, view_columns
+from transforms.validation.statistics import describe_batch, statistics_proto, view_columns
 from transforms.validation.tfdv_schema import parse_schema
 
 
@@ -69,7 +69,9 @@ def stopped(store: Path, path: Path, run_id: str) -> AnomalyError:
     run = CheckedRun(table, newest_version(table), run_id, ranges, "dead", "--definition d --store s")
     check = make_check(PublishRules(str(path)), run)
     with pytest.raises(AnomalyError) as caught:
-        check_statistics(proto(describe(rows, columns)), check, {"visits": SourceTally("visits", 1, 1)})
+        check_statistics(
+            statistics_proto(describe_batch(rows, columns)), check, {"visits": SourceTally("visits", 1, 1)}
+        )
     return caught.value
 
 

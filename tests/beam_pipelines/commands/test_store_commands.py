@@ -17,7 +17,7 @@ from schemas.errors import DataError, DefinitionError, StoreError
 from schemas.loading import load_definition
 from tests.support import shop
 from tests.support.tables import rows_of
-from transforms.lineage.trace import describe
+from transforms.lineage.trace import describe_tables
 from transforms.storage.delta_tables import open_table
 from transforms.storage.run_markers import running_runs
 
@@ -59,7 +59,7 @@ def test_tables_says_what_there_is(store: Path, capsys: Out, wide: None) -> None
 
 
 def test_tables_counts_what_is_there(store: Path) -> None:
-    (made,) = (each for each in describe(str(store)) if each.table.startswith("features/"))
+    (made,) = (each for each in describe_tables(str(store)) if each.table.startswith("features/"))
     files = list((store / made.table).rglob("date=*/*.parquet"))
     assert (made.files, made.bytes) == (len(files), sum(path.stat().st_size for path in files))
 
@@ -241,5 +241,5 @@ def test_a_defect_shows_its_traceback_and_how_to_resume(tmp_path: Path, capsys: 
 
 
 def test_dates_are_days(store: Path) -> None:
-    made = next(each for each in describe(str(store)) if each.table.startswith("predictions/"))
+    made = next(each for each in describe_tables(str(store)) if each.table.startswith("predictions/"))
     assert (made.first, made.last) == (date(2024, 1, 1), date(2024, 2, 29))

@@ -19,7 +19,7 @@ from beam_pipelines.runtime.run_report import Run, progress, table, write_json
 from beam_pipelines.runtime.terminal import columns
 from schemas.errors import DataError
 from tests.support import market
-from transforms.records.value_text import shown
+from transforms.records.value_text import format_value
 
 ATTACK = "a\x1b[2Kb\r\x9b31m\x08\u202ec\x7f"
 
@@ -132,7 +132,7 @@ def test_a_value_with_line_feeds_begins_no_line_of_its_own(capsys: pytest.Captur
         logging.getLogger("millrace.test").warning("row %s is odd", forged)
         print(columns(["name"], [[forged]]))
         print(table("t", {"x": forged}))
-        print(shown(forged))
+        print(format_value(forged))
         with Run("features", "r", str(tmp_path / "r")):
             raise DataError("A rule", forged, forged)
 
