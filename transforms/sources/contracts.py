@@ -392,7 +392,7 @@ def declaration(found: pa.DataType) -> str:
     return next((text for applies, text in _DECLARATIONS if applies(kind)), "")
 
 
-# In the metadata of a schema: its columns of text stand for values of any type.
+# In the metadata of a schema: its columns were read for what is declared, and text stands for values of any type.
 TEXT = {b"millrace": b"text"}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gzip
-import io
 import os
 import threading
 import zlib
@@ -125,7 +124,7 @@ class TextFile:
         remote = "://" in self.path
         raw = FileSystems.open(self.path, compression_type="uncompressed") if remote else open_regular(self.path)
         if self.path.casefold().endswith(GZIP):
-            return io.BufferedReader(gzip.GzipFile(fileobj=raw))
+            return _Decompressed(raw)
         return raw
 
     def pieces(self) -> Iterator[tuple[Piece, bytes]]:
@@ -179,7 +178,7 @@ class TextFile:
             return self._csv_table(data, columns)
         starts, ends, _, _, _ = json_lines.split_lines(data, final=True)
         declared = {name: self.source.schema[name] for name in columns}
-        return json_lines.table_of(data, starts, ends, declared, reading)
+        return json_lines.table_of(data, starts, ends, declared, reading).replace_schema_metadata(TEXT)
 
     def _csv_table(self, data: bytes, columns: Sequence[str]) -> pa.Table:
         names, delimiter = self.layout.names, self.layout.delimiter
@@ -251,11 +250,26 @@ def _skip(file: BufferedIOBase, size: int) -> None:
         size -= read
 
 
+class _Decompressed(gzip.GzipFile):
+    """A compressed file, which is closed with the bytes that it is made of."""
+
+    def __init__(self, raw: BufferedIOBase) -> None:
+        super().__init__(fileobj=raw)
+        self.of = raw
+
+    def close(self) -> None:
+        super().close()
+        self.of.close()
+
+
 class _Positions(threading.local):
     """The compressed file that a thread read last: its next piece is read on from there."""
 
     def __init__(self) -> None:
         self.held: tuple[object, BufferedIOBase, int] | None = None
+
+    def __del__(self) -> None:
+        self.close()
 
     def read(self, file: TextFile, offset: int, size: int) -> bytes:
         if not file.path.casefold().endswith(GZIP) or "://" in file.path:
