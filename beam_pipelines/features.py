@@ -15,7 +15,8 @@ import pyarrow as pa
 from apache_beam.pvalue import AsSingleton
 
 from beam_pipelines.runtime.errors import guard
-from beam_pipelines.runtime.features_arguments import FeaturesOptions, parse
+from beam_pipelines.runtime.features_arguments import FeaturesOptions, parse_each
+from beam_pipelines.runtime.features_arguments import parse as parse
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.plan_text import prepared_lines
 from beam_pipelines.runtime.run_report import Run, execute, log, read_json, write_json
@@ -39,7 +40,6 @@ from transforms.storage.delta_tables import (
     write_files,
 )
 from transforms.storage.feature_tables import lost_commit
-from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import dead_letters_uri
 from transforms.storage.table_transforms import CommitFiles, WriteFiles, WriteTable
 from transforms.validation.publish_check import AlsoChecked, CheckedRun, PublishCheck, Validate, make_check
@@ -146,8 +146,8 @@ def build(pipeline: beam.Pipeline, options: FeaturesOptions, work: PreparedRun) 
         statistics = computed.features | "Statistics" >> Statistics(view_columns(view))
         checked = AsSingleton(statistics | "Validate" >> Validate(publish_check(options, work), tallied, rejected))
         committed = counted | "Commit" >> CommitFiles(targets.features, AlsoChecked(manifest), (*sides, checked))
-    account = FileSystems.join(options.folder, "account.json")
-    _ = committed | "Account" >> beam.Map(write_account, tallied, rejected, verified, account, len(work.carried.rows))
+    carried_rows = len(work.carried.rows)
+    _ = committed | "Account" >> beam.Map(write_account, tallied, rejected, verified, options.account, carried_rows)
 
 
 def compute(pipeline: beam.Pipeline, options: FeaturesOptions, work: PreparedRun) -> Computed:
@@ -183,7 +183,7 @@ def publish_check(options: FeaturesOptions, work: PreparedRun) -> PublishCheck:
         run_id=options.run_id,
         ranges=tuple((day_of(first), day_of(last - 1)) for first, last in plan.ranges),
         dead_letters=dead_letters_uri(options.store, "features"),
-        command=f"--definition {options.definition.name} --store {options.store}",
+        command=f"{options.definition.flags} --store {options.store}",
     )
     return make_check(options.rules, run)
 
@@ -232,36 +232,50 @@ def main(argv: Sequence[str]) -> int:
     """Runs the pipeline and returns 0 when the features are committed. For `--streaming` see `features_streaming`."""
     if "--streaming" in argv:
         return int(importlib.import_module("beam_pipelines.features_streaming").main(argv))
-    options = parse(argv)
-    with Run("features", options.run_id, options.folder) as run:
-        run.where = options.table
-        log.info("listing the sources under %s", options.sources)
-        work = prepare(options)
-        if work.base is not None and (lost := lost_commit(options.table, work.base)):
-            log.warning("the log of %s has lost its newest commits: %s", options.table, lost)
-        for note in work.stale.notes:
-            log.warning(note)
-        if work.outdated:
-            warn_of_outdated_models(run, options, work)
-        if work.plan is None:
-            commit_carried(options, work)
-            run.update(nothing_to_do(work))
+    every = parse_each(argv)
+    one = every[0]
+    with Run("features", one.run_id, one.folder) as run:
+        run.where = one.table if len(every) == 1 else f"views {', '.join(each.view.name for each in every)}"
+        log.info("listing the sources under %s", one.sources)
+        found = [(options.view.name, compute_view(run, options)) for options in every]
+        if len(found) == 1:
+            run.update(found[0][1])
         else:
-            run.where += f", dates {day_of(work.plan.start)} to {day_of(work.plan.end - 1)}"
-            for line in prepared_lines(options.view, work):
-                log.info(line)
-            pipeline = batch_pipeline(options.beam_args)
-            build(pipeline, options, work)
-            execute(pipeline)
-            run.update(read_json(FileSystems.join(options.folder, "account.json")))
-        table = open_table(options.table)
-        rows = 0 if table is None else sum(file.rows for file in data_files(table))
-        run.update({"table": options.table, "table_rows": rows, "fingerprint": options.view.fingerprint})
+            for name in ("rows_in", "rows_out", "set_aside", "dates"):
+                run[name] = sum(int(str(figures[name])) for _, figures in found)
+            run["views"] = dict(found)
     return 0
 
 
+def compute_view(run: Run, options: FeaturesOptions) -> dict[str, object]:
+    """Computes the features of one view, if there is anything to compute, and returns their figures."""
+    run.where = options.table
+    figures: dict[str, object] = {}
+    work = prepare(options)
+    if work.base is not None and (lost := lost_commit(options.table, work.base)):
+        log.warning("the log of %s has lost its newest commits: %s", options.table, lost)
+    for note in work.stale.notes:
+        log.warning(note)
+    if work.outdated:
+        figures |= warn_of_outdated_models(options, work)
+    if work.plan is None:
+        commit_carried(options, work)
+        figures |= nothing_to_do(work)
+    else:
+        run.where += f", dates {day_of(work.plan.start)} to {day_of(work.plan.end - 1)}"
+        for line in prepared_lines(options.view, work):
+            log.info(line)
+        pipeline = batch_pipeline(options.beam_args)
+        build(pipeline, options, work)
+        execute(pipeline)
+        figures |= read_json(options.account)
+    table = open_table(options.table)
+    rows = 0 if table is None else sum(file.rows for file in data_files(table))
+    return {**figures, "table": options.table, "table_rows": rows, "fingerprint": options.view.fingerprint}
+
+
 def commit_carried(options: FeaturesOptions, work: PreparedRun) -> None:
-    """Commits the dead letters that have changed, for a run that computes no day."""
+    """Commits the dead letters that have changed, of a run that computes no day."""
     carried, view = work.carried, options.view
     if not carried.dates:
         return
@@ -271,12 +285,12 @@ def commit_carried(options: FeaturesOptions, work: PreparedRun) -> None:
     log.info("dead letters of %d dates outside the run's days are as the files are now", len(carried.dates))
 
 
-def warn_of_outdated_models(run: Run, options: FeaturesOptions, work: PreparedRun) -> None:
+def warn_of_outdated_models(options: FeaturesOptions, work: PreparedRun) -> dict[str, object]:
     """Names the models that were trained on days that an older version may have computed incorrectly."""
     models = models_trained_on(options.store, options.table, work.base)
     for model in models:
         log.warning("trained on such days, so train it again: %s", model)
-    run.update({"outdated_days": len(work.outdated), "models_trained_on_outdated_days": models})
+    return {"outdated_days": len(work.outdated), "models_trained_on_outdated_days": models}
 
 
 def nothing_to_do(work: PreparedRun) -> dict[str, object]:

@@ -66,11 +66,11 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveFeaturesJob]:
         DefinitionError: a flag or the definition is refused.
     """
     options, flags = arguments().parse_streaming(argv)
-    view, sources = options.definition.view, sources_folder(options, flags)
+    view, sources = options.job.definition.view, sources_folder(options, flags)
     start, end = _microseconds(flags.start), _microseconds(flags.end)
     settings = live_settings(options, sources, flags.shards)
     replay = None
-    if options.replaying:
+    if options.job.replaying:
         assert sources is not None
         replay = Replay(
             sources,
@@ -88,15 +88,15 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveFeaturesJob]:
     shard_groups(view)
     handover = Handover(
         view,
-        options.store,
-        root=None if sources == sources_root(options.store) else sources,
+        options.job.store,
+        root=None if sources == sources_root(options.job.store) else sources,
         start=start,
         keep=settings.keep,
         without=flags.without_history,
         sent=None if replay is None else replay.start,
-        run_id=options.run_id,
+        run_id=options.job.run_id,
     )
-    return options, LiveFeaturesJob(view, settings, replay, options.broker, options.sinks, handover)
+    return options, LiveFeaturesJob(view, settings, replay, options.job.broker, options.job.sinks, handover)
 
 
 def arguments() -> StreamingArguments:
@@ -145,17 +145,17 @@ def live_settings(options: StreamingOptions, sources: str | None, shards: int) -
     """The settings of the engine; in a replay, each micro-batch has its own time."""
     lengths = options.lengths
     return LiveSettings(
-        store=options.store,
-        run_id=options.run_id,
-        dimensions=sources or sources_root(options.store),
+        store=options.job.store,
+        run_id=options.job.run_id,
+        dimensions=sources or sources_root(options.job.store),
         shards=shards,
         keep=lengths["keep"],
-        pace=0 if options.replaying else max(lengths["pace"], 1000),
+        pace=0 if options.job.replaying else max(lengths["pace"], 1000),
         commit_every=lengths["commit_every"],
         dimension_every=lengths["dimension_every"],
-        prefix=options.prefix,
-        table="table" in options.sinks,
-        kafka=None if options.replaying else options.broker,
+        prefix=options.job.prefix,
+        table="table" in options.job.sinks,
+        kafka=None if options.job.replaying else options.job.broker,
     )
 
 
@@ -168,10 +168,10 @@ def sources_folder(options: StreamingOptions, flags: argparse.Namespace) -> str 
     sources: str | None = flags.sources
     if sources and "://" not in sources:
         sources = os.path.abspath(sources)
-    if options.replaying and (sources is None or sources == sources_root(options.store)):
+    if options.job.replaying and (sources is None or sources == sources_root(options.job.store)):
         raise DefinitionError(
             "A replay reads its files from another place than it writes to",
-            f"--sources {sources or 'left out'}, --store {options.store}",
+            f"--sources {sources or 'left out'}, --store {options.job.store}",
             "Name the folder of the files with --sources, and a store that only the live job uses",
         )
     return sources
@@ -180,7 +180,7 @@ def sources_folder(options: StreamingOptions, flags: argparse.Namespace) -> str 
 def build(pipeline: beam.Pipeline, options: StreamingOptions, plan: LiveFeaturesPlan) -> None:
     """The graph: messages → micro-batches → feature rows → topics and tables."""
     envelopes = (
-        replayed_envelopes(pipeline, plan) if options.replaying else envelopes_of_topics(pipeline, options, plan)
+        replayed_envelopes(pipeline, plan) if options.job.replaying else envelopes_of_topics(pipeline, options, plan)
     )
     commits = envelopes | "Live" >> LiveFeatures(plan.job.view, plan.settings, plan.sends)
     _ = commits | "Status" >> beam.Map(write_status, options.status)
@@ -210,15 +210,15 @@ def main(argv: Sequence[str]) -> int:
     """Runs the job until the end of the replay, the end of every partition of the topics, or a signal."""
     options, job = parse(argv)
     job.check_and_claim()
-    with Run("features --streaming", options.run_id, options.folder) as run:
-        if options.replaying:
+    with Run("features --streaming", options.job.run_id, options.folder) as run:
+        if options.job.replaying:
             run_replay(options, job)
         else:
             run_live(options, job)
         status = read_status(options.status)
         figures = live_features_figures(job, status)
         run.update(figures.to_json())
-    figures.check(ended=status.get("last", options.replaying))
+    figures.check(ended=status.get("last", options.job.replaying))
     return 0
 
 
@@ -234,7 +234,7 @@ def run_live(options: StreamingOptions, job: LiveFeaturesJob) -> None:
     pipeline_options = PipelineOptions(["--streaming", *options.beam_args])
     check_connections(job.required_broker(), pipeline_options)
     job.handover.beginnings()  # history is loaded before the first launch, with the default handling of signals
-    compaction = compacting(options.store, FEATURES_TABLES, options.lengths["compact_every"])
+    compaction = compacting(options.job.store, FEATURES_TABLES, options.lengths["compact_every"])
     with stopped_by_signals(), compaction:
         while launch(options, prepare_live_features(job), pipeline_options):
             pass
@@ -254,11 +254,11 @@ def launch(options: StreamingOptions, plan: LiveFeaturesPlan, pipeline_options: 
     text = f"running: turn {plan.start.turn}, reading on from {json.dumps(plan.start.next)}"
     skipped = skipped_in({"counts": plan.start.counts})
     commit_every = options.lengths["commit_every"]
-    reading = Reading(broker, due, options.prefix, options.status, commit_every, skipped)
+    reading = Reading(broker, due, options.job.prefix, options.status, commit_every, skipped)
     if run_until(pipeline, finished, text, reading):
         return True
-    if "topic" in options.sinks and finished():  # so that jobs that read the feature rows end too
-        send_end(broker, topic_of(plan.job.view, options.prefix))
+    if "topic" in options.job.sinks and finished():  # so that jobs that read the feature rows end too
+        send_end(broker, topic_of(plan.job.view, options.job.prefix))
     return False
 
 

@@ -67,16 +67,16 @@ def microseconds(moment: datetime) -> int:
 
 
 def envelopes(sources: Path, days: int) -> Iterator[tuple[bytes, int, float, float]]:
-    """The envelopes of a replay, with the month before `START` as one; the rows of each, and CPU and wall seconds to
-    decode it."""
+    """Envelopes of a replay, the month before `START` as one; rows of each, and CPU and wall seconds to decode it."""
+    from schemas.live import live_sources
     from schemas.loading import load_definition
     from transforms.records.frame_packets import head_of
-    from transforms.streaming.live_features import contracts_of, decode_messages
+    from transforms.streaming.live_features import decode_messages
     from transforms.streaming.messages import heartbeat
     from transforms.streaming.replay import Replay, chunks
 
     view = load_definition(DEFINITION).view
-    contracts, border = contracts_of(view), microseconds(START)
+    declared, border = live_sources(view), microseconds(START)
     replay = Replay(
         str(sources),
         start=microseconds(START - timedelta(days=BEFORE)),
@@ -92,12 +92,10 @@ def envelopes(sources: Path, days: int) -> Iterator[tuple[bytes, int, float, flo
             continue
         end = max(each.timestamp for each in messages)
         for some in [before, messages] if before else [messages]:
-            beats = [
-                Message(topic, partition, 0, end, *heartbeat(end)) for topic in contracts for partition in range(2)
-            ]
+            beats = [Message(topic, partition, 0, end, *heartbeat(end)) for topic in declared for partition in range(2)]
             sent = [numbered(each, offsets) for each in [*some, *(beats if some is messages else ())]]
             cpu, wall = time.process_time(), time.perf_counter()
-            envelope = decode_messages(contracts, sent, index=index)
+            envelope = decode_messages(declared, sent, index=index)
             spent = time.process_time() - cpu, time.perf_counter() - wall
             yield envelope, sum(each[-1] for each in head_of(envelope)["parts"]), *spent
             index += 1

@@ -56,16 +56,16 @@ def repeats_by(view: FeatureView, name: str) -> tuple[str, ...]:
 def accepted(view: FeatureView, name: str) -> pa.Schema:
     """Rows of a source as a live job stores them: its columns, `ORIGIN_FIELDS`, and `date`, the UTC date of their time.
 
-    If repeats count once, there are also columns for whether the row counted when it was accepted, which row
-    (`__instead`) counted until then, and whether it came too late to be compared with others (null in files written
-    before the column existed).
+    There are also columns for whether the row came too late to be compared with others, and for the declared columns
+    that it does not have, as a JSON list (both null in files written before they existed).  If repeats count once, two
+    more say whether the row counted when it was accepted, and which row (`__instead`) counted until then.
     """
     source = view.spine if name == view.spine.name else view.events[name]
     arrow = pl.DataFrame(schema=source.schema).to_arrow().schema
     fields = [pa.field(each.name, pa.string() if pa.types.is_large_string(each.type) else each.type) for each in arrow]
-    decided = [("__counted", pa.bool_()), ("__instead", pa.int64()), ("__uncompared", pa.bool_())]
-    fates = [pa.field(*each) for each in decided] if repeats_by(view, name) else []
-    return pa.schema([*fields, *ORIGIN_FIELDS, *fates, pa.field("date", pa.date32())])
+    decided = [pa.field("__counted", pa.bool_()), pa.field("__instead", pa.int64())] if repeats_by(view, name) else []
+    stored = [pa.field("__uncompared", pa.bool_()), pa.field("__absent", pa.string()), pa.field("date", pa.date32())]
+    return pa.schema([*fields, *ORIGIN_FIELDS, *decided, *stored])
 
 
 def live_schema(view: FeatureView) -> pa.Schema:

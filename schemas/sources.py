@@ -15,6 +15,7 @@ from schemas.arithmetic import in_64_bits
 from schemas.durations import instant, microseconds
 from schemas.errors import DefinitionError, nearest
 from schemas.expressions import canonical, columns_of, dtype_of, require_row_local
+from schemas.places import built_at
 
 TIME = pl.Datetime("us", "UTC")
 _SIMPLE = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.Float32, pl.Float64, pl.String, pl.Boolean, pl.Date)
@@ -24,15 +25,15 @@ RESERVED = ("date", "row_id")
 UNITS = {"s": (1_000_000, 1), "ms": (1_000, 1), "us": (1, 1), "ns": (1, 1_000)}
 
 
-def names(value: str | Iterable[str], what: str) -> tuple[str, ...]:
+def names(value: str | Iterable[str], what: str, of: str = "column name") -> tuple[str, ...]:
     """One name or several as a tuple, without repeats."""
     result = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else ()
     if not result or not all(isinstance(name, str) and name for name in result):
         raise DefinitionError(
-            f"{what} is a column name or a tuple of them", repr(value), 'Write "origin" or ("origin", "carrier")'
+            f"{what} is a {of} or a tuple of them", repr(value), 'Write "origin" or ("origin", "carrier")'
         )
     if len(set(result)) != len(result):
-        raise DefinitionError(f"{what} names each column once", repr(value), "Remove the repeat")
+        raise DefinitionError(f"{what} names each {of.split()[0]} once", repr(value), "Remove the repeat")
     return result
 
 
@@ -86,8 +87,10 @@ class Source:
     zone: str | None = None
     unit: str | None = None
     where: pl.Expr | None = None
+    place: str = dataclasses.field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "place", built_at())
         identifier(self.name, "The name of a source")
         what = f"Source {self.name!r}"
         if not isinstance(self.columns, Mapping) or not self.columns:

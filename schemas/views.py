@@ -27,6 +27,7 @@ from schemas.features import (
     iter_sources,
     limits_of,
 )
+from schemas.places import built_at
 from schemas.sources import RESERVED, TIME, Source, identifier, names
 
 # Increased when the kernel computes other values from the same definition and data.
@@ -62,8 +63,10 @@ class FeatureView:
     spine: Source
     key: str | tuple[str, ...]
     features: tuple[Feature, ...] | list[Feature]
+    place: str = dataclasses.field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "place", built_at())
         identifier(self.name, "The name of a view")
         what = f"View {self.name!r}"
         if not isinstance(self.spine, Source) or self.spine.time is None:

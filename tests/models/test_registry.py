@@ -1,4 +1,4 @@
-"""Bundles and the registry: nothing altered is loaded, nothing is registered twice, every refusal says the way out."""
+"""Bundles and the registry: nothing altered is loaded, nothing is registered twice, every refusal names the way out."""
 
 import contextlib
 import hashlib
@@ -85,7 +85,7 @@ def test_a_changed_manifest_is_refused_by_its_digest(tmp_path: Path) -> None:
         ('{"files": 3}', "JSON"),
     ],
 )
-def test_a_manifest_that_says_nothing_is_refused(tmp_path: Path, content: str, word: str) -> None:
+def test_an_empty_manifest_is_refused(tmp_path: Path, content: str, word: str) -> None:
     save_bundle(trained(), tmp_path)
     (tmp_path / MANIFEST).write_text(content)
     with pytest.raises(StoreError, match=word):
@@ -171,7 +171,7 @@ def test_champion_is_promoted_and_resolved(registry: Registry) -> None:
     assert registry.history("delay")[0]["who"] == "lead"
 
 
-def test_a_promotion_cut_short_is_finished_by_the_next_attempt_and_told_once(
+def test_a_promotion_cut_short_is_finished_by_the_next_attempt_and_recorded_once(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between its two writes: the reason stands, the alias has not moved."""

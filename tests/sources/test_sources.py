@@ -1,5 +1,4 @@
-"""Contracts of files and rows: what is refused whole, what becomes a dead letter, and where the letter says the row
-was."""
+"""Contracts of files and rows: what is refused whole, what becomes a dead letter, and the position of the row in it."""
 
 import functools
 from datetime import UTC, date, datetime, timedelta
@@ -17,12 +16,12 @@ from polars.testing import assert_frame_equal
 
 from schemas import Source
 from schemas.errors import ContractError, DataError
+from tests.support.slices import slices_of
 from transforms.features.column_reuse import keep_rules
 from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
 from transforms.sources.contracts import YEARS, Contract, check_rows
 from transforms.sources.conversions import type_holds
-from transforms.sources.inventory import slices_of
 from transforms.sources.reader import ReadOptions, _raw, read_slices, repeats_of, without_repeats
 from transforms.storage.delta_tables import CommitTarget, commit, write_files
 
@@ -99,7 +98,7 @@ def test_a_declared_column_that_is_there_twice_is_refused_with_its_file(tmp_path
 
 
 def test_a_column_that_is_not_declared_may_be_there_twice_or_differ_in_case(tmp_path: Path) -> None:
-    """Names are compared letter by letter."""
+    """Names are compared exactly."""
     table = rows({}).to_arrow()
     for name in ("more", "more", "V", "At"):
         table = table.append_column(name, pa.array(["x"]))
@@ -463,7 +462,7 @@ def test_a_type_holds_what_fits_into_it_without_loss(declared: Any, found: pa.Da
     assert type_holds(dtype, found) is expected
 
 
-# Where a letter says its row was
+# The position of a row in its dead letter
 
 
 bad_row = st.sampled_from([{"k": None}, {"v": float("inf")}, {"at": None}, {"at": EPOCH}, {}, {}, {}])

@@ -13,7 +13,7 @@ import pytest
 from beam_pipelines.commands import erase
 from schemas import load_definition
 from tests.support import market
-from tests.support.features_runs import answers, dead_letters, run, same
+from tests.support.features_runs import dead_letters, feature_rows, run, same
 from transforms.records.times import EPOCH, MICROSECOND
 from transforms.sources import text_files
 from transforms.streaming.history_files import HistoryFiles
@@ -73,7 +73,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("writers", [[csv], [quoted, zipped], [csv, parquet, zipped]])
 def test_features_and_dead_letters_are_those_of_parquet(expected: Path, tmp_path: Path, writers: list[Writer]) -> None:
     figures = run(write(tmp_path, market.spoiled(market.sources(60)), writers), "--verify", "30", "--verify_share", "1")
-    same(answers(tmp_path), answers(expected))
+    same(feature_rows(tmp_path), feature_rows(expected))
     columns = ["source", "field", "rule", "value"]
     same(dead_letters(tmp_path).select(columns).sort(columns), dead_letters(expected).select(columns).sort(columns))
     for name, each in figures["sources"].items():
@@ -85,7 +85,7 @@ def test_features_of_json_lines_are_those_of_parquet(tmp_path: Path) -> None:
     frames = market.sources(60)
     run(write(tmp_path / "a", frames, [lines, csv]), "--verify", "30", "--verify_share", "1")
     run(write(tmp_path / "b", frames, [parquet]))
-    same(answers(tmp_path / "a"), answers(tmp_path / "b"))
+    same(feature_rows(tmp_path / "a"), feature_rows(tmp_path / "b"))
     assert dead_letters(tmp_path / "a").is_empty()
 
 
@@ -150,7 +150,7 @@ def test_erasing_removes_the_rows_and_no_other_byte(tmp_path: Path, writer: Writ
             [parquet],
         )
     )
-    same(answers(tmp_path), answers(tmp_path / "fresh"))
+    same(feature_rows(tmp_path), feature_rows(tmp_path / "fresh"))
 
 
 def test_history_of_a_live_job_is_that_of_parquet(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Messages in and out: three formats, one contract, and a letter with its place for whatever breaks it."""
+"""Messages in and out: three formats, one contract, and a dead letter with its position for whatever breaks it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from transforms.streaming.messages import (
     to_json,
 )
 from transforms.streaming.micro_batches import MicroBatch, micro_batch_envelope, micro_batches_of
+from transforms.streaming.view_contracts import sort_rows
 
 NOW = datetime(2024, 5, 1, 12, tzinfo=UTC)
 ARRIVED = int(NOW.timestamp() * 1e6)
@@ -50,7 +51,6 @@ sales = Source(
         "rate": pl.Float32,
     },
 )
-contract = Contract(sales, tuple(sales.schema))
 ROW: dict[str, Any] = {
     "sold": NOW,
     "id": 1,
@@ -71,7 +71,7 @@ def message(value: bytes, offset: int = 0, partition: int = 0, key: bytes | None
     return Message("sales", partition, offset, ARRIVED, key, value)
 
 
-def avro(rows: pl.DataFrame) -> bytes:
+def avro(rows: pl.DataFrame, without: str = "") -> bytes:
     fastavro = pytest.importorskip("fastavro")
     fields = [
         {"name": "sold", "type": {"type": "long", "logicalType": "timestamp-micros"}},
@@ -84,6 +84,7 @@ def avro(rows: pl.DataFrame) -> bytes:
         {"name": "rate", "type": "float"},
     ]
     sink = io.BytesIO()
+    fields = [each for each in fields if each["name"] != without]
     fastavro.writer(sink, {"type": "record", "name": "sale", "fields": fields}, rows.to_dicts())
     return sink.getvalue()
 
@@ -107,10 +108,10 @@ def test_json_and_arrow_say_the_same(values: list[tuple[Any, ...]]) -> None:
             for shop, price, number, few in values
         )
     )
-    as_arrow = decode(contract, [message(to_arrow(rows))])
+    as_arrow = decode(sales, [message(to_arrow(rows))])
     lines = to_json(rows)
-    one_by_one = decode(contract, [message(line, offset) for offset, line in enumerate(lines)])
-    together = decode(contract, [message(b"[" + b",".join(lines) + b"]")])
+    one_by_one = decode(sales, [message(line, offset) for offset, line in enumerate(lines)])
+    together = decode(sales, [message(b"[" + b",".join(lines) + b"]")])
     for found in (as_arrow, one_by_one, together):
         assert not len(found.dead_letters)
         assert found.rows.select(sales.schema.keys()).equals(rows)
@@ -121,7 +122,7 @@ def test_json_and_arrow_say_the_same(values: list[tuple[Any, ...]]) -> None:
 def test_avro_containers_are_read() -> None:
     rows = frame({}, {"id": 2, "shop": None})
     value = avro(rows)
-    found = decode(contract, [message(value)])
+    found = decode(sales, [message(value)])
     assert not len(found.dead_letters), found.dead_letters["rule"].to_list()
     assert found.rows["shop"].to_list() == ["a", None]
     assert found.rows["sold"].to_list() == [NOW, NOW]
@@ -153,17 +154,17 @@ def test_avro_containers_are_read() -> None:
             b'"few": 300, "fast": true, "day": "2024-05-01", "rate": 1}',
             "a number beyond it",
         ),
-        (b'{"sold": "2024-05-01T12:00:00Z"}', "declared column 'id'"),
+        (b'{"id": 1, "shop": "a"}', "declared column 'sold'"),
         (b"[1, 2]", "object or a list"),
         (b"Obj\x01nonsense", "Avro container"),
         (b"\xff\xff\xff\xff nonsense", ""),
-        (to_arrow(frame({}).drop("price")), "declared column 'price'"),
+        (to_arrow(frame({}).drop("sold")), "declared column 'sold'"),
         (to_arrow(frame({}).with_columns(pl.col("price").cast(pl.String))), "'price' is Float64"),
     ],
 )
-def test_a_malformed_message_becomes_a_letter_and_spoils_no_other(value: bytes, reason: str) -> None:
+def test_a_malformed_message_becomes_a_dead_letter_and_spoils_no_other(value: bytes, reason: str) -> None:
     good = [message(line, offset) for offset, line in enumerate(to_json(frame({}, {"id": 2})))]
-    found = decode(contract, [good[0], message(value, 7, key=b"k"), good[1]._replace(offset=8)])
+    found = decode(sales, [good[0], message(value, 7, key=b"k"), good[1]._replace(offset=8)])
     assert found.rows["id"].to_list() == [1, 2]
     (dead_letter,) = found.dead_letters.rows(named=True)
     assert (dead_letter["source"], dead_letter["partition"], dead_letter["offset"], dead_letter["place"]) == (
@@ -175,16 +176,37 @@ def test_a_malformed_message_becomes_a_letter_and_spoils_no_other(value: bytes, 
     assert reason.lower() in dead_letter["rule"].lower()
 
 
-def test_bad_rows_of_a_good_message_become_letters_with_their_place() -> None:
+def test_bad_rows_of_a_good_message_become_dead_letters_with_their_position() -> None:
     rows = frame(
         {}, {"id": None}, {"price": float("inf")}, {"sold": None}, {"sold": datetime(1970, 1, 1, tzinfo=UTC)}, {"id": 6}
     )
-    found = decode(contract, [message(to_arrow(rows), 3, 1)])
-    assert found.rows["id"].to_list() == [1, 6]
-    assert found.dead_letters["place"].to_list() == [1, 2, 3, 4]
-    assert set(found.dead_letters["offset"]) == {3}
-    assert set(found.dead_letters["partition"]) == {1}
-    assert found.dead_letters["field"].to_list() == ["id", "price", "sold", "sold"]
+    found = decode(sales, [message(to_arrow(rows), 3, 1)])
+    assert found.rows["id"].to_list() == [1, None, 1, 6]  # whoever reads a source, a row has a plausible time
+    assert found.dead_letters["place"].to_list() == [3, 4]
+    kept, broken = sort_rows(Contract(sales, tuple(sales.schema)), found.rows)
+    assert kept["id"].to_list() == [1, 6]
+    dead_letters = pl.concat([found.dead_letters, *broken]).sort("place")
+    assert dead_letters["place"].to_list() == [1, 2, 3, 4]
+    assert set(dead_letters["offset"]) == {3}
+    assert set(dead_letters["partition"]) == {1}
+    assert dead_letters["field"].to_list() == ["id", "price", "sold", "sold"]
+
+
+def test_a_column_that_a_row_does_not_have_is_absent_and_not_null() -> None:
+    """In every format; and a message of several rows is read, whichever columns each of them has."""
+    columns = ["sold", "id", "shop", "few", "fast", "day", "rate"]
+    some = frame({"shop": None}, {"id": 2}).select(columns)
+    without = to_json(some)
+    mixed = b"[" + without[0] + b"," + to_json(frame({"id": 3}))[0] + b',{"sold":"2024-05-01T11:00:00Z"}]'
+    values = [to_arrow(some), avro(frame({"shop": None}, {"id": 2}), "price"), mixed, *without]
+    found = decode(sales, [message(value, offset) for offset, value in enumerate(values)])
+    assert not len(found.dead_letters), found.dead_letters["rule"].to_list()
+    absent = [None if text is None else json.loads(text) for text in found.rows["__absent"]]
+    price, most = ["price"], [name for name in sales.schema if name != "sold"]
+    assert absent == [price, price, price, price, price, None, most, price, price]
+    assert found.rows["price"].null_count() == 8
+    assert found.rows["shop"].to_list() == [None, "a", None, "a", None, "a", None, None, "a"]
+    assert found.rows["__place"].to_list() == [0, 1, 0, 1, 0, 1, 2, 0, 0]
 
 
 def test_a_stamp_further_ahead_than_declared_is_set_aside() -> None:
@@ -194,8 +216,8 @@ def test_a_stamp_further_ahead_than_declared_is_set_aside() -> None:
         {"sold": NOW + timedelta(days=365)},
         {"sold": NOW - timedelta(days=365 * 15)},
     )
-    found = decode(contract, [message(to_arrow(rows))])
-    assert len(found.rows) == 2  # from 2009 it may be: that stops no clock, since clocks do not turn back
+    found = decode(sales, [message(to_arrow(rows))])
+    assert len(found.rows) == 2  # from 2009 it may be: that does not stop the watermark, which never goes back
     assert found.dead_letters["place"].to_list() == [1, 2]
     assert "at most 1h ahead" in found.dead_letters["rule"][0]
 
@@ -203,7 +225,7 @@ def test_a_stamp_further_ahead_than_declared_is_set_aside() -> None:
 def test_heartbeats_are_no_rows() -> None:
     key, value = heartbeat(123)
     found = decode(
-        contract,
+        sales,
         [message(value, 0, key=key), message(b"later", 1, key=HEARTBEAT), message(heartbeat(99)[1], 2, key=key)],
     )
     assert found.heartbeat == 123
@@ -231,7 +253,7 @@ def test_partitions_read_in_one_go_are_those_read_one_by_one(sent: list[tuple[in
     ]
     some = [message(kinds[kind][1], offset, where, kinds[kind][0]) for offset, (where, kind) in enumerate(sent)]
     partitions = [group for _, group in sorted(by_partition(some).items())]
-    together = decode_topic(contract, partitions)
+    together = decode_topic(sales, partitions)
     parts = [("sales", group[0].partition, group[0].offset, group[-1].offset + 1, len(group)) for group in partitions]
     sent_on = [
         MicroBatch(*part, held.heartbeat, held.rows, held.dead_letters)
@@ -239,7 +261,7 @@ def test_partitions_read_in_one_go_are_those_read_one_by_one(sent: list[tuple[in
     ]
     carried = micro_batches_of(micro_batch_envelope(sent_on, ARRIVED))
     for group, held, micro_batch in zip(partitions, together, carried, strict=True):
-        alone, by = decode(contract, group), ["offset", "place", "rule"]
+        alone, by = decode(sales, group), ["offset", "place", "rule"]
         assert held.rows.equals(alone.rows)
         assert held.dead_letters.sort(by).equals(alone.dead_letters.sort(by))
         assert held.heartbeat == alone.heartbeat == micro_batch.heartbeat
@@ -248,7 +270,7 @@ def test_partitions_read_in_one_go_are_those_read_one_by_one(sent: list[tuple[in
         assert micro_batch.dead_letters.equals(held.dead_letters)
 
 
-def test_a_bundle_of_many_messages_becomes_packets_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_of_many_messages_becomes_envelopes_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = to_arrow(frame({}, {"id": 2}))
     monkeypatch.setattr("transforms.streaming.live_features.ENVELOPE_BYTES", 2 * len(rows))
     spine = Source("asks", time="t", columns={"id": pl.Int64})
@@ -269,7 +291,7 @@ def test_a_bundle_of_many_messages_becomes_packets_of_bounded_size(monkeypatch: 
     ]
 
 
-def test_answers_travel_as_arrow_with_their_row_ids() -> None:
+def test_feature_rows_are_sent_as_arrow_with_their_row_ids() -> None:
     spine = Source("asks", time="t", columns={"id": pl.Int64})
     view = FeatureView(
         "v", spine, key="id", features=[Trailing(sales, by={"id": "id"}, over="1h", stats={"price": "sum"})]
@@ -286,8 +308,8 @@ def test_answers_travel_as_arrow_with_their_row_ids() -> None:
     assert pa.Table.from_batches([from_arrow(value) for _, value in pairs])["row_id"].to_pylist() == list(range(2500))
 
 
-def test_letters_travel_as_json() -> None:
-    dead_letters = decode(contract, [message(b"oops", 5)]).dead_letters
+def test_dead_letters_are_sent_as_json() -> None:
+    dead_letters = decode(sales, [message(b"oops", 5)]).dead_letters
     ((key, value),) = dead_letter_messages(dead_letters)
     assert key == b"sales/0/5/-1"
     assert json.loads(value)["value"] == "oops"

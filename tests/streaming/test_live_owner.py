@@ -15,12 +15,16 @@ from beam_pipelines import features, features_streaming
 from beam_pipelines.runtime.errors import guard
 from schemas import load_definition
 from tests.support import market
+from tests.support.live_turns import read
+from transforms.lineage.feature_parity import check_parity
+from transforms.lineage.visible_rows import read_accepted
+from transforms.storage.paths import features_live_uri
 from transforms.streaming.store_owner import OWNER, claim
 
 OTHER = market.DEFINITION.replace('"demand"', '"another"')
-# Windows of another length: the same columns are read, and so rows are judged alike.
+# Windows of another length: the same columns are read, and so rows are checked alike.
 LONGER = market.DEFINITION.replace('over="1d", where', 'over="2d", where')
-# Does not read `stock.note`, and rows are not judged by their price.
+# Does not read `sales.price`, so a row without a finite one keeps its contract.
 FEWER = market.DEFINITION.replace('"price": ("mean", "std", "q95", "max", "last"), ', "").replace(
     'where=pl.col("price") > 20, stats={"price": "sum"}', 'where=pl.col("city") > 1, stats={"*": "count"}'
 )
@@ -59,10 +63,21 @@ def content(store: Path) -> dict[str, int]:
     }
 
 
+# Its rows have no such column, or one of another type.
+MORE = market.DEFINITION.replace('"city": pl.Int32, "price"', '"city": pl.Int32, "colour": pl.String, "price"').replace(
+    'where=pl.col("price") > 20', 'where=pl.col("colour") == "red"'
+)
+NARROW = market.DEFINITION.replace('"price": pl.Float64', '"price": pl.Float32')
+
+
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize(
     ("text", "words"),
-    [(OTHER, ["'another'", "'demand'", "one view"]), (FEWER, ["source 'sales'", "price"])],
+    [
+        (OTHER, ["'another'", "'demand'", "one view"]),
+        (MORE, ["source 'sales'", "'colour'"]),
+        (NARROW, ["source 'sales'", "'price'", "float", "double"]),
+    ],
 )
 def test_another_view_or_other_columns_are_refused_before_anything_is_written(
     lived: tuple[Path, Path], capsys: pytest.CaptureFixture[str], text: str, words: list[str], old: bool
@@ -73,12 +88,40 @@ def test_another_view_or_other_columns_are_refused_before_anything_is_written(
     try:
         before = content(store)
         assert guard(features_streaming.main)(argv(folder, store, text, "second")) == 4
-        said = capsys.readouterr().err
-        assert all(word in said for word in [*words, "another --store", str(store)]), said
+        printed = capsys.readouterr().err
+        assert all(word in printed for word in [*words, "another --store", str(store)]), printed
         assert content(store) == before
     finally:
         if old:
             (folder / "note").rename(store / OWNER)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_definition_that_reads_other_columns_goes_on_with_all_rows_that_keep_its_contract(
+    lived: tuple[Path, Path], tmp_path: Path, old: bool
+) -> None:
+    """What it computes from the rows that the other one accepted is what it computes alone."""
+    folder, store = lived
+    after, alone = tmp_path / "after", tmp_path / "alone"
+    shutil.copytree(store, after)
+    if old:
+        (after / OWNER).unlink()
+    assert features_streaming.main(argv(folder, after, FEWER, "second")) == 0
+    assert features_streaming.main(argv(folder, alone, FEWER, "second")) == 0
+    first = load_definition(str(market.define(tmp_path / "first"))).view
+    second = load_definition(str(market.define(tmp_path / "second", FEWER))).view
+    for view in (first, second):
+        assert check_parity(view, str(after)).differing == 0
+    columns = [*second.key, second.time, *second.columns]
+    made, expected = (
+        read(features_live_uri(str(each), second.name, second.fingerprint)).select(columns).sort(columns)
+        for each in (after, alone)
+    )
+    assert made.equals(expected)
+    endless = read(f"{after}/sources/sales").filter(pl.col("price").is_infinite())
+    assert len(endless) == 2  # of the market's bad rows
+    keeping = [read_accepted(view, str(after), "sales", ["sale"], None, None) for view in (first, second)]
+    assert set(keeping[1]["sale"]) - set(keeping[0]["sale"]) == set(endless["sale"])
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -93,7 +136,7 @@ def test_the_view_goes_on_and_so_does_one_that_reads_the_same_columns(lived: tup
     assert features_streaming.main(argv(folder, store, name="again")) == 0
 
 
-def test_a_model_s_letters_and_a_batch_table_make_no_other_view(tmp_path: Path) -> None:
+def test_a_model_s_dead_letters_and_a_batch_table_make_no_other_view(tmp_path: Path) -> None:
     market.write(tmp_path, market.sources(20))
     definition = market.define(tmp_path, OTHER)
     assert features.main(["--definition", str(definition), "--store", str(tmp_path), "--run_id", "batch"]) == 0
@@ -118,8 +161,10 @@ def test_another_stream_is_refused_before_anything_is_written(
     folder, store = lived
     before = content(store)
     assert guard(features_streaming.main)([*argv(folder, store, name="other"), *flags]) == 4
-    said = capsys.readouterr().err
-    assert all(word in said for word in [flags[0], "none" if "03-0" in flags[1] else "where", "another --store"]), said
+    printed = capsys.readouterr().err
+    assert all(word in printed for word in [flags[0], "none" if "03-0" in flags[1] else "where", "another --store"]), (
+        printed
+    )
     assert content(store) == before
 
 

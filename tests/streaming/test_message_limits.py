@@ -31,7 +31,6 @@ from tests.support import shop
 from tests.support.crafted import running_code, with_schema
 from transforms.inference.live_input import DecodeFeatureRows, to_score
 from transforms.inference.live_records import BatchOrigin
-from transforms.sources.contracts import Contract
 from transforms.streaming.avro_messages import avro_rows, check_avro
 from transforms.streaming.live_features import DecodeBundles
 from transforms.streaming.message_limits import (
@@ -50,7 +49,6 @@ ARRIVED = int(NOW.timestamp() * 1e6)
 sales = Source(
     "sales", time="sold", ahead="1h", columns={"id": pl.Int64, "shop": pl.String, "due": pl.Datetime("us", "UTC")}
 )
-contract = Contract(sales, tuple(sales.schema))
 GOOD = pl.DataFrame([{"sold": NOW, "id": 1, "shop": "a", "due": NOW}], schema=sales.schema)
 asked = Source("asked", time="sold", columns={"id": pl.Int64, "shop": pl.String, "at": pl.Datetime("us", "UTC")})
 reads = Trailing(sales, by="shop", over="1h", stats={"id": "sum"})
@@ -63,7 +61,7 @@ def message(value: bytes, offset: int = 1, key: bytes | None = None) -> Message:
 
 def beside_good_ones(value: bytes) -> dict[str, Any]:
     """The one dead letter of `value` between two messages that are read."""
-    found = decode(contract, [message(to_arrow(GOOD), 0), message(value), message(to_arrow(GOOD), 2)])
+    found = decode(sales, [message(to_arrow(GOOD), 0), message(value), message(to_arrow(GOOD), 2)])
     assert found.rows["__offset"].to_list() == [0, 2]
     (dead_letter,) = found.dead_letters.rows(named=True)
     assert (dead_letter["offset"], dead_letter["place"]) == (1, -1)
@@ -219,7 +217,7 @@ def test_avro_is_read_by_its_declared_columns() -> None:
     }
     for codec, data in packed.items():
         value = container(schema, (3, data), codec=codec)
-        found = decode(contract, [message(value)])
+        found = decode(sales, [message(value)])
         assert (found.rows["shop"].to_list(), len(found.dead_letters)) == (["a"] * 3, 0), codec
         assert check_avro(value) == len(row) * 3
         assert [*avro_rows(value, ["id"])[0]] == ["id"]
@@ -356,9 +354,9 @@ def test_the_depth_of_json_is_that_of_its_values(value: Any) -> None:
 def test_times_that_no_table_can_hold_are_dead_letters() -> None:
     ends = [datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, 999999, UTC)]
     inside = GOOD.select(pl.all().repeat_by(2).explode()).with_columns(pl.Series("due", ends, GOOD.schema["due"]))
-    assert len(decode(contract, [message(to_arrow(inside))]).rows) == 2
+    assert len(decode(sales, [message(to_arrow(inside))]).rows) == 2
     beyond = inside.with_columns(pl.col("due") + pl.Series([-1, 1]).cast(pl.Duration("us")))
-    found = decode(contract, [message(to_arrow(beyond))])
+    found = decode(sales, [message(to_arrow(beyond))])
     assert len(found.rows) == 0
     assert found.dead_letters.select("place", "field", "rule").rows() == [
         (place, "due", "a time is in the years 1 to 9999") for place in (0, 1)
@@ -367,7 +365,7 @@ def test_times_that_no_table_can_hold_are_dead_letters() -> None:
 
 @pytest.mark.parametrize("beat", [b"-9999999999999999999", b"9999999999999999999", b"-4611686018427387905"])
 def test_a_heartbeat_beyond_all_times_is_a_dead_letter(beat: bytes) -> None:
-    (dead_letter,) = decode(contract, [message(beat, key=b"__heartbeat")]).dead_letters.rows(named=True)
+    (dead_letter,) = decode(sales, [message(beat, key=b"__heartbeat")]).dead_letters.rows(named=True)
     assert "a heartbeat is an integer" in dead_letter["rule"]
     origin = BatchOrigin.of(to_score(view, [message(beat, key=b"__heartbeat")]))
     assert [each.heartbeat for each in origin.ranges] == [None]
@@ -519,7 +517,7 @@ def test_whatever_bytes_a_message_has_it_is_read_or_a_dead_letter(
             [0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256), value[at] ^ (1 << chance.randrange(8))]
         )
     value = value[: chance.randrange(len(value))] if chance.random() < 0.2 else value
-    found: Decoded = decode(contract, [message(bytes(value))])
+    found: Decoded = decode(sales, [message(bytes(value))])
     assert len(found.rows) + len(found.dead_letters) <= DEFAULT_LIMITS.rows
     with contextlib.suppress(ContractError):
         from_arrow(bytes(value))

@@ -1,4 +1,4 @@
-"""What live steps send each other: typed in a process, and as the envelopes that checkpoints hold between processes."""
+"""The messages between live steps: typed within a process, and as envelopes between processes and in checkpoints."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal, assert_series_equal
 
+from schemas.live import live_sources
 from tests.support.live_turns import shops, stream, view
 from tests.support.state_cells import Cell
 from transforms.records.frame_packets import Head, head_of, pack, unpack
@@ -20,7 +21,7 @@ from transforms.streaming.beginnings import Beginning, Beginnings, LoadedHistory
 from transforms.streaming.completeness import Partition, SourceCompleteness
 from transforms.streaming.journal import JournalCheckpoint
 from transforms.streaming.journal_dofn import JournalDoFn
-from transforms.streaming.live_features import contracts_of, decode_messages
+from transforms.streaming.live_features import decode_messages
 from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.mirrored_state import SINGLE_KEY
 from transforms.streaming.progress import CommitRecord, RecoveryPoint
@@ -219,7 +220,7 @@ def test_with_one_shard_only_what_leaves_the_step_is_serialised(
     head, bag, *slots = (Cell() for _ in range(10))
     tags = []
     for index, messages in enumerate(stream(Random(5), 3)):
-        envelope = decode_messages(contracts_of(view), messages, index=index)
+        envelope = decode_messages(live_sources(view), messages, index=index)
         tags += [each.tag for each in step.process((SINGLE_KEY, envelope), head, bag, *slots)]
     assert set(tags) == {"features", "entries"}
     assert len(packed) == len(tags)

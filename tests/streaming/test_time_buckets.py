@@ -36,7 +36,7 @@ def bucket_ends(times: list[int], width: int) -> list[int]:
 
 
 @given(st.integers(0, 2**32))
-def test_panes_hold_what_a_list_would_and_their_cells_restore_them(seed: int) -> None:
+def test_time_buckets_hold_what_a_list_would_and_their_slots_restore_them(seed: int) -> None:
     random = Random(seed)
     width = random.choice([1, 7, 100])
     buckets, plain, next_id = TimeBuckets("t", width), [], 0
@@ -87,11 +87,11 @@ def test_panes_hold_what_a_list_would_and_their_cells_restore_them(seed: int) ->
     for key in (("k",), ("k", "n")):
         wanted = pl.DataFrame([("a", 1), (None, 2)], schema={"k": pl.String, "n": pl.Int64}, orient="row")
         found = rows(buckets.take(key, key_hashes(wanted, key), -1000, 1000))
-        asked = [row[: len(key)] for row in wanted.rows()]
-        assert found == sorted((row for row in plain if row[1 : 1 + len(key)] in asked), key=str)
+        wanted_keys = [row[: len(key)] for row in wanted.rows()]
+        assert found == sorted((row for row in plain if row[1 : 1 + len(key)] in wanted_keys), key=str)
 
 
-def test_only_panes_that_reach_into_the_span_are_looked_at() -> None:
+def test_only_time_buckets_that_reach_into_the_span_are_looked_at() -> None:
     buckets = TimeBuckets("t", 10)
     buckets.add(pl.DataFrame({"t": [5, 15, 25, 35], "k": ["a"] * 4, "n": [1] * 4, "rid": [1, 2, 3, 4]}, schema=SCHEMA))
     wanted = key_hashes(pl.DataFrame({"k": ["a"]}), ("k",))
@@ -107,7 +107,7 @@ def test_appending_builds_few_parts() -> None:
     assert len(buckets) == 1000
 
 
-def test_rows_far_apart_go_to_few_panes_that_end_no_earlier() -> None:
+def test_rows_far_apart_go_to_few_time_buckets_that_end_no_earlier() -> None:
     buckets = TimeBuckets("t", 10)
     times = list(range(0, 100_000, 7))
     buckets.add(pl.DataFrame({"t": times, "k": ["a"] * len(times), "n": [1] * len(times), "rid": times}, schema=SCHEMA))

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from schemas import FeatureView
+from schemas.live import live_sources
 from transforms.records.frame_packets import head_of
 from transforms.streaming.journal import Journal, Turn
-from transforms.streaming.live_features import contracts_of, decode_messages
+from transforms.streaming.live_features import decode_messages
 from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.live_tables import PendingTurns
 from transforms.streaming.messages import Message
@@ -55,7 +56,7 @@ class Job:
             looked_up = AssembleDoFn(view, self.live)  # of the journal's process
             looked_up.setup()
             self.journal.dimensions = looked_up.dimensions
-        self.contracts = contracts_of(view)
+        self.sources = live_sources(view)
         self.now = 0
         start = start or find_recovery_point(view, str(store), begin)
         self.start = {
@@ -68,21 +69,21 @@ class Job:
 
     def take(self, messages: Sequence[Message]) -> None:
         """Decode messages, make a turn of them."""
-        envelope = decode_messages(self.contracts, messages)
+        envelope = decode_messages(self.sources, messages)
         self.now = max(self.now, head_of(envelope)["arrived"])
         admitted, waiting = self.journal.admit(micro_batches_of(envelope), self.now)
         assert not waiting
         self._pass_on(self.journal.turn(admitted, self.now))
 
     def _pass_on(self, turn: Turn) -> None:
-        answers = []
+        feature_rows = []
         for number, given in turn.shards.items():
-            answer = self.shards[number].apply(given)
-            answers += [answer] if answer is not None else []
+            feature_row = self.shards[number].apply(given)
+            feature_rows += [feature_row] if feature_row is not None else []
         self.ledger.take(turn.entry)
         if turn.spine_rows is not None:
-            assert turn.spine_rows.shards == len(answers)
-            self.ledger.take(self.assemble.compute_features(turn.spine_rows, answers))
+            assert turn.spine_rows.shards == len(feature_rows)
+            self.ledger.take(self.assemble.compute_features(turn.spine_rows, feature_rows))
 
     def commit(self) -> dict[str, Any]:
         return self.ledger.commit(turns).to_json() if (turns := self.ledger.whole()) else {}

@@ -32,9 +32,10 @@ from transforms.features.lifetime_summaries import LATEST, PriorSummary, Summary
 from transforms.features.packed_events import FoundEvents, Keys, PackedEvents
 from transforms.features.window_bounds import EventOrder, codes
 from transforms.features.window_statistics import Column, Once, lazy, statistic
+from transforms.records.arrays import Bools, Ints
 from transforms.records.columns import moments_of, with_columns, with_series
 from transforms.records.times import ALWAYS
-from transforms.records.window_sums import Bools, Ints, Numbers
+from transforms.records.window_sums import Numbers
 
 # Rows that the general path (event_time) may hold at once.
 EXPANDED_ROWS = 4_000_000

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from transforms.records.arrays import Bools, Ints, UInt64s
 from transforms.records.columns import select, whole_numbers
-from transforms.records.row_hashing import UInt64s, keys_hashes
+from transforms.records.row_hashing import keys_hashes
 from transforms.records.times import ALWAYS, FOREVER
-from transforms.records.window_sums import Bools, Ints
 
 # Columns that identify a key.
 KeyColumns = tuple[str, ...]

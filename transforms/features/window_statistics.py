@@ -23,8 +23,8 @@ from typing import Generic, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from transforms.records.exact_sums import Floats
-from transforms.records.window_sums import Bools, ExactSum, Ints, squared, window_variance
+from transforms.records.arrays import Bools, Floats, Ints
+from transforms.records.window_sums import ExactSum, squared, window_variance
 
 Value = TypeVar("Value")
 # Up to this many windows are computed one by one, if together they are at most SHARED times as long as the column.

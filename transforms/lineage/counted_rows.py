@@ -22,25 +22,26 @@ from transforms.features.block_inputs import dimension_rows, distinct_by_key
 from transforms.lineage.erasure_records import Erased
 from transforms.lineage.feature_parity import (
     _computed,
-    about_spine_rows,
     accepted_spine_rows,
     pending,
     rejected_spine_rows,
     topic_dead_letters,
 )
-from transforms.lineage.visible_rows import Bools, VisibleRows, gone_at, memory_of, read_accepted, shown_at
+from transforms.lineage.visible_rows import VisibleRows, gone_at, memory_of, read_accepted, shown_at
+from transforms.records.arrays import Bools, Ints
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import check_rows
 from transforms.sources.conversions import PROBLEM
 from transforms.sources.inventory import Inventory, take_inventory
 from transforms.sources.listing import require_unchanged
 from transforms.sources.reader import read_raw, repeats_of, without_repeats
-from transforms.sources.repeats import NEVER_REPEATED, Ints
+from transforms.sources.repeats import NEVER_REPEATED
 from transforms.storage.delta_tables import data_files, open_table, read_file, table_root
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import source_uri, sources_root
 from transforms.streaming.fates import FATE_COLUMNS, known_columns
 from transforms.streaming.live_tables import application_of, last_commit_record
+from transforms.streaming.pending_spine_rows import about_spine_rows
 from transforms.streaming.row_origin import ORIGIN_COLUMNS
 
 # They are applied in this order, for a difference that several of them would explain.

@@ -21,15 +21,17 @@ from schemas.errors import DataError
 from schemas.views import FeatureView, reached_from
 from transforms.features.kernel import KernelTables, compute
 from transforms.lineage.erasure_records import Erased
-from transforms.lineage.visible_rows import Bools, VisibleRows, read_accepted, seen_of
+from transforms.lineage.visible_rows import VisibleRows, read_accepted, seen_of
+from transforms.records.arrays import Bools, Ints
 from transforms.records.row_hashing import row_ids
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
-from transforms.sources.repeats import NEVER_REPEATED, Ints
+from transforms.sources.repeats import NEVER_REPEATED
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.streaming.live_dimensions import kept_version
 from transforms.streaming.live_tables import application_of, last_commit_record, read_feature_rows
+from transforms.streaming.pending_spine_rows import about_spine_rows
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, cut_of
 
 EXAMPLES = 3
@@ -118,8 +120,8 @@ def check_parity(view: FeatureView, store: str, start: date | None = None, end: 
 def accepted_spine_rows(
     view: FeatureView, store: str, start: date | None = None, end: date | None = None
 ) -> pl.DataFrame:
-    """The spine rows of `[start, end)` that a live job accepted from its topic, with `row_id`.  Rows of its history are
-    left out.
+    """The spine rows of `[start, end)` that a live job accepted from its topic and that keep the contract, with
+    `row_id`.  Rows of its history are left out.
     """
     rows = read_accepted(view, store, view.spine.name, [*view.spine.schema, *ORIGIN_COLUMNS], start, end)
     rows = rows.filter(pl.col("__partition") >= 0)
@@ -137,13 +139,8 @@ def topic_dead_letters(view: FeatureView, store: str) -> pl.DataFrame:
     return pl.concat([empty, *parts]).filter(pl.col("partition") >= 0)
 
 
-def about_spine_rows() -> pl.Expr:
-    """Whether a dead letter belongs to a spine row that was accepted, and then not computed."""
-    return pl.col("rule").str.contains("one key asks one question|no later than the spine's lateness")
-
-
 def rejected_spine_rows(view: FeatureView, store: str) -> pl.DataFrame:
-    """Origins of the spine rows that were accepted and then rejected."""
+    """Origins of the spine rows that kept the contract and were then rejected."""
     dead_letters = topic_dead_letters(view, store).filter(about_spine_rows(), source=view.spine.name)
     return dead_letters.select(pl.col(name[2:]).alias(name) for name in ORIGIN_COLUMNS)
 

@@ -51,6 +51,7 @@ from transforms.models.registry_address import (
 from transforms.models.registry_content import EmptyContent, MlflowContent, RegistryContent, sqlite_content
 from transforms.models.stored_records import ChampionMove, RequestExample
 from transforms.storage import durable
+from transforms.storage.bounded import NoResponse, first_contact
 from transforms.storage.paths import MANIFEST
 
 if TYPE_CHECKING:
@@ -330,7 +331,7 @@ class Registry:
 
         try:
             if path is None:
-                _require_database(self.uri)
+                _require_response(self.uri)
             elif write:
                 if not there:
                     _make_database(path)
@@ -343,7 +344,7 @@ class Registry:
                 f"Install it: pip install {_DRIVERS.get(str(error.name), error.name)}; "
                 "or name another driver, as mysql+pymysql://…",
             ) from None
-        except (mlflow.exceptions.MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
+        except (mlflow.exceptions.MlflowException, SQLAlchemyError, sqlite3.Error, OSError, NoResponse) as error:
             raise self._unreachable(error) from None
 
     @contextlib.contextmanager
@@ -564,20 +565,21 @@ _DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQ
 
 
 @functools.lru_cache(16)
-def _require_database(uri: str) -> None:
-    """Connect once to a database that is not SQLite, where MLflow would try for minutes.
+def _require_response(uri: str) -> None:
+    """Ask a server or a database once, where MLflow and its libraries would try for minutes.
 
     Raises:
-        SQLAlchemyError, ModuleNotFoundError: the database does not respond, or its driver is not installed.
+        NoResponse: the database does not respond.
+        SQLAlchemyError, MlflowException, ModuleNotFoundError: it refuses, or its driver is not installed.
     """
     if uri.partition("+")[0].partition(":")[0] not in ("postgresql", "mysql", "mssql"):
+        first_contact(lambda: _connect(uri).search_experiments(max_results=1))
         return
     import sqlalchemy
 
-    engine = sqlalchemy.create_engine(
-        uri, connect_args={} if uri.startswith("mssql") else {"connect_timeout": 30}, poolclass=sqlalchemy.NullPool
-    )
-    engine.connect().close()
+    timeout = {} if uri.startswith("mssql") else {"connect_timeout": 20}
+    engine = sqlalchemy.create_engine(uri, connect_args=timeout, poolclass=sqlalchemy.NullPool)
+    first_contact(lambda: engine.connect().close())
 
 
 _making, _made = threading.Lock(), list[bytes]()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transforms.sources.contracts import IN_YEARS, READ_ERRORS, Contract, check_rows, not_whole, outside_years
     from transforms.sources.conversions import (
         PROBLEM,
+        Reading,
         Twice,
         converted,
         problem_free,
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
         stream_slices,
         without_repeats,
     )
-    from transforms.sources.repeats import NEVER_REPEATED, Ints, KnownOrder
+    from transforms.sources.repeats import NEVER_REPEATED, KnownOrder
     from transforms.sources.slices import Slice, Slices
     from transforms.sources.tallies import AS_EVENTS, SourceTally, add_tallies, digests_read, require_conserved
     from transforms.sources.text_rewriting import rewrite_text

@@ -80,6 +80,7 @@ class Contract:
         now: µs since 1970; times that are later by more than `source.ahead` are implausible.
         partitions: columns of a Delta table that its files may lack (see `inventory.survey`).
         ordering: further columns that are read only to put rows in order (see `FeatureView.columns_ordering`).
+        time_only: whether rows are checked by their time alone, and not by what views need of them.
         twice: which instant a local time is that occurs twice.  The later one for events, which are then not known too
             early, and the earlier one for spine rows, which then see no more than they may.
     """
@@ -90,6 +91,7 @@ class Contract:
     now: int = 2**62
     partitions: Partitions | None = None
     ordering: tuple[str, ...] = ()
+    time_only: bool = False
     twice: Twice = "latest"
 
     @functools.cached_property
@@ -125,7 +127,7 @@ class Contract:
         """(field, rule, condition under which a row breaks it). The first broken rule is the reason for a rejection."""
         source = self.source
         rules: list[tuple[str, str, pl.Expr]] = []
-        for name in (source.time, source.event_time):
+        for name in (source.time, None if self.time_only else source.event_time):
             if name is None:
                 continue
             moment = pl.col(name).dt.epoch("us")
@@ -140,6 +142,8 @@ class Contract:
             rules.append(
                 (name, f"a time is at most {source.ahead} ahead of the run's clock (ahead)", moment >= self.latest)
             )
+        if self.time_only:
+            return rules
         if source.time is not None and source.event_time is not None:
             rules.append(
                 (
@@ -178,7 +182,8 @@ class Contract:
         """
         self.check(table.schema, file)
         given = self.given(file)
-        inside = [name for name in self.read if name not in given and name in table.schema.names]
+        delta = {} if self.partitions is None else given  # elsewhere a file's own column counts
+        inside = [name for name in self.read if name not in delta and name in table.schema.names]
         others = [name for name in self.read if name not in inside]
         try:
             columns = [*inside, *(name for name in PROBLEM if name in table.schema.names)]

@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from schemas.errors import ContractError, DataError
+from schemas.errors import ContractError, DataError, IncompleteLogError
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.times import day_number, midnight
@@ -27,7 +27,6 @@ from transforms.sources.surveying import survey_batch, wrong_columns
 from transforms.storage.delta_log import path_within
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.log_check import IncompleteLogError
 from transforms.storage.paths import place_of
 
 # Primitive types of Delta tables.
@@ -132,15 +131,6 @@ def _has_log(folder: str) -> bool:
     )
 
 
-def slices_of(root: str, contract: Contract, version: int | None = None) -> list[Slice]:
-    """Every row group of a source, from the files' footers; for a Delta table, those of `version` (None: its newest).
-
-    Raises:
-        ContractError: a file is not Parquet, is truncated, or does not have the declared columns.
-    """
-    return survey_source(root, contract, version)[1]
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Surveyed:
     """A source as it lies there: the contract by which to read it, its row groups, and its files; None of a Delta
@@ -162,11 +152,13 @@ class Surveyed:
 
 
 def survey_source(root: str, contract: Contract, version: int | None = None) -> tuple[Contract, list[Slice]]:
-    """As `slices_of`, with the contract by which to read the row groups. For a Delta table, it has the columns of the
-    log.
+    """The contract by which to read a source, and its row groups, from the footers of its files.
+
+    Of a Delta table, they are those of `version` (None: its newest), and the contract has the columns of the log.
 
     Raises:
-        ContractError: as `slices_of`; or a Delta table uses a feature without which it cannot be read correctly.
+        ContractError: a file is not Parquet, is truncated, or does not have the declared columns; or a Delta table uses
+            a feature without which it cannot be read correctly.
     """
     found = survey_files(root, contract, version)
     return found.contract, list(found.slices)

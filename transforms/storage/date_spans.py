@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
 from schemas.errors import DataError, StoreError
+from transforms.records.arrays import Bools
 from transforms.records.record_batches import batch  # noqa: F401 (it imports pyarrow_hotfix)
 from transforms.records.times import as_date, as_number
 from transforms.storage.delta_log import root_of
@@ -111,7 +112,7 @@ def _as_bytes(segments: Sequence[Segment]) -> bytes:
     return json.dumps([[each.day, each.rows, each.origin] for each in segments], separators=(",", ":")).encode()
 
 
-def kept_segments(segments: Sequence[Segment], gone: npt.NDArray[np.bool_], path: str) -> list[Segment]:
+def kept_segments(segments: Sequence[Segment], gone: Bools, path: str) -> list[Segment]:
     """The segments of the file at `path` (within its table) after the rows `gone` were removed.
 
     Segments that lost no row keep their origin; the origin of the others is the new file.

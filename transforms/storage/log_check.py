@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from schemas.errors import StoreError
+from schemas.errors import IncompleteLogError
 from transforms.storage.delta_log import LOG_FOLDER, root_of
 from transforms.storage.log_entries import ACTIONS, ADDED_FILES, ADDED_ROWS, REMOVED_FILES, newest_checkpoint
 from transforms.storage.stored_json import DAMAGE, parse_object, read_regular, reason_of
@@ -46,10 +46,6 @@ def require_whole_entries(uri: str, version: int) -> None:
     for each in range(first + 1, version + 1):
         if problem := entry_problem(folder, each, ours):
             raise incomplete(uri, each, problem)
-
-
-class IncompleteLogError(StoreError):
-    """An entry of a table's log has lost something."""
 
 
 def incomplete(uri: str, version: int, problem: str) -> IncompleteLogError:

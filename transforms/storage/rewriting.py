@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +21,7 @@ from deltalake import DeltaTable
 from deltalake.transaction import AddAction
 
 from schemas.errors import StoreError
+from transforms.records.arrays import Bools
 from transforms.storage import durable
 from transforms.storage.date_spans import (
     days_of,
@@ -37,7 +37,9 @@ from transforms.storage.log_entries import COUNTS, LogEntry, RemovedFile, write_
 from transforms.storage.stored_json import explain_damage, read_regular
 
 # (Rows of a row group, path of the file) → for each row, whether it is removed.
-Matches = Callable[[pa.Table, str], npt.NDArray[np.bool_]]
+Matches = Callable[[pa.Table, str], Bools]
+# Rows of a row group that stay → the rows to write in their place; the very same table if they stay as they are.
+Revise = Callable[[pa.Table], pa.Table]
 FIX = "Grant access and free space, then run the same command again: it completes what was begun"
 
 
@@ -46,13 +48,23 @@ def _groups(file: pq.ParquetFile) -> Iterable[pa.Table]:
         yield file.read_row_group(number)
 
 
+def _as_they_are(rows: pa.Table) -> pa.Table:
+    return rows
+
+
 def write_without(
-    file: pq.ParquetFile, path: str, matches: Matches, target: str, schema: pa.Schema | None = None
+    file: pq.ParquetFile,
+    path: str,
+    matches: Matches,
+    target: str,
+    schema: pa.Schema | None = None,
+    revise: Revise = _as_they_are,
 ) -> tuple[int, int]:
     """Writes the rows of a file that do not match to `target`, first under a hidden name.
 
     Args:
         schema: the schema of the file, with its new metadata; None: as it is.
+        revise: changes rows that stay.
 
     Returns:
         Rows that stayed and rows that were removed.
@@ -68,7 +80,7 @@ def write_without(
     ):
         for group in _groups(file):
             gone = matches(group, path)
-            kept = group.filter(pa.array(~gone))
+            kept = revise(group.filter(pa.array(~gone)))
             stayed, removed = stayed + len(kept), removed + int(gone.sum())
             if len(kept):
                 writer.write_table(kept)
@@ -96,11 +108,15 @@ def written_aside(target: str) -> Iterator[str]:
 
 
 def rewrite_delta(
-    uri: str, matches: Matches, metadata: Mapping[str, str], opened: Callable[[str], pq.ParquetFile] = pq.ParquetFile
+    uri: str,
+    matches: Matches,
+    metadata: Mapping[str, str],
+    opened: Callable[[str], pq.ParquetFile] = pq.ParquetFile,
+    revise: Revise = _as_they_are,
 ) -> int:
     """Commits a version of a table without the rows that match, and returns how many there were.
 
-    Files without such rows stay as they are.
+    Files without such rows stay as they are, unless `revise` changes some of theirs.
 
     Raises:
         StoreError: the table cannot be written, another program commits to it at the same time, or the table has
@@ -119,7 +135,7 @@ def rewrite_delta(
         path = os.path.join(root, inside)
         file = opened(path)
         hits = [matches(group, path) for group in _groups(file)]
-        if not any(hit.any() for hit in hits):
+        if not any(hit.any() for hit in hits) and all(revise(group) is group for group in _groups(file)):
             continue
         _require_plain(table)
         gone = np.concatenate(hits)
@@ -134,11 +150,11 @@ def rewrite_delta(
         stats: dict[str, object] = {"numRecords": stayed}
         if spans:
             segments = kept_segments(read_segments(path), gone, inside)
-            write_without(file, path, matches, target, schema_with_segments(schema, segments))
+            write_without(file, path, matches, target, schema_with_segments(schema, segments), revise)
             require_rows(target, stayed, segments)
             stats = stats_of(segments)
         else:
-            write_without(file, path, matches, target)
+            write_without(file, path, matches, target, revise=revise)
         added.append(AddAction(name, os.path.getsize(target), values, 0, True, json.dumps(stats)))
     if removed:
         _append(table, LogEntry(partitions, dict(metadata), (metadata["run_id"], 1), added, removed))

@@ -13,7 +13,7 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 from schemas.errors import StoreError
@@ -357,10 +357,16 @@ def remove_waste(waste: Iterable[Waste]) -> tuple[int, int]:
 
 
 def pins_of(models: Mapping[str, Mapping[str, object]]) -> tuple[Pin, ...]:
-    """What must stay for `models`, a mapping from name and version ("buying 3") to the model's manifest."""
-    pins = []
-    for name, manifest in models.items():
-        table = manifest.get("feature_table")
-        if isinstance(table, Mapping) and "uri" in table and "version" in table:
-            pins.append(Pin(table_path_in_store(str(table["uri"])), int(str(table["version"])), name))
-    return tuple(pins)
+    """What must stay for `models`, whose manifests they are by name and version ("buying 3")."""
+    return tuple(
+        Pin(table_path_in_store(str(table["uri"])), int(str(table["version"])), name)
+        for name, manifest in models.items()
+        for table in tables_of(manifest)
+        if "uri" in table and "version" in table
+    )
+
+
+def tables_of(manifest: Mapping[str, object]) -> list[Mapping[str, object]]:
+    """The feature tables that a model was trained on, as its manifest records them; none if it does not say."""
+    found = manifest.get("views") or [manifest.get("feature_table")]
+    return [each for each in found if each and isinstance(each, Mapping)] if isinstance(found, Sequence) else []

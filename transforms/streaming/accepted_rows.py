@@ -1,4 +1,4 @@
-"""Accepted rows of a live store, read from the tables of its sources."""
+"""Accepted rows of a live store that keep the contract of a view, read from the tables of its sources."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from transforms.sources.repeats import NEVER_REPEATED
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file
 from transforms.storage.paths import source_uri, sources_root
 from transforms.streaming.fates import FATE_COLUMNS, RepeatMemory, known_columns, known_order, repeated_from
+from transforms.streaming.messages import ABSENT
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, row_identity
+from transforms.streaming.view_contracts import contract_of, keeps
 
 # A piece of accepted rows has about so many rows.
 SEED_ROWS = 200_000
@@ -27,7 +29,7 @@ EARLIEST, LATEST = -(2**51), 253_402_214_400_000_000
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AcceptedRows:
-    """The accepted rows of one source, at a version of its table.
+    """The accepted rows of one source that keep the contract of a view, as of a version of its table.
 
     Args:
         view: the view.
@@ -126,11 +128,19 @@ class AcceptedRows:
 
 
 def accepted_file(view: FeatureView, name: str, file: DataFile, columns: Sequence[str]) -> pl.DataFrame:
-    """Columns of a file of accepted rows; one that its version of Millrace did not have is null."""
-    rows = pl.DataFrame(pl.from_arrow(read_file(file, list(columns), optional=("__uncompared",))))
-    if len(rows.columns) < len(columns):
-        rows = rows.with_columns(pl.lit(None, pl.Boolean).alias("__uncompared"))
-    return rows.select(columns)
+    """Columns of the rows in a file of accepted rows that keep the view's contract.
+
+    A column that the file does not have is null: its version of Millrace did not have it.  A declared one was declared
+    later, and no row of the file keeps the contract of a view that reads it.
+    """
+    contract = contract_of(view, name)
+    types = pl.DataFrame(pl.from_arrow(accepted(view, name).empty_table())).schema
+    wanted = list(dict.fromkeys([*columns, *contract.columns, ABSENT]))
+    rows = pl.DataFrame(pl.from_arrow(read_file(file, wanted, optional=wanted)))
+    missing = [name for name in wanted if name not in rows.columns]
+    rows = rows.with_columns(pl.lit(None, types[name]).alias(name) for name in missing)
+    keeping = pl.Series(keeps(contract, rows) & contract.source.schema.keys().isdisjoint(missing))
+    return rows.filter(keeping).select(columns)
 
 
 def first_date(low: int) -> date | None:

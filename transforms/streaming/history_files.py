@@ -31,13 +31,14 @@ from transforms.sources.reader import (
 from transforms.sources.slices import Slice
 from transforms.storage.paths import place_of
 from transforms.streaming.beginnings import HISTORY_PARTITION
+from transforms.streaming.messages import ABSENT, absent_text
 
 
 class HistoryPiece(NamedTuple):
     """Rows of some days.
 
     Args:
-        rows: in the order of time; for a source with `unique`, with `FATE_COLUMNS`.
+        rows: in the order of time, with `__uncompared` and `ABSENT`; for a source with `unique`, with `FATE_COLUMNS`.
         dead_letters: with the columns `MESSAGE_DEAD_LETTERS`.
     """
 
@@ -121,9 +122,11 @@ class HistoryFiles:
     def _counted(self, rows: pl.DataFrame, repeats: RepeatedKeys | None) -> pl.DataFrame:
         """Rows in order; for a source with `unique`, whether each counts."""
         source, time = self.source, str(self.source.time)
-        rows = rows.with_columns(
-            pl.lit(None, dtype).alias(name) for name, dtype in source.schema.items() if name not in rows.columns
-        ).select(source.schema.keys())
+        absent = [name for name in source.schema if name not in rows.columns]
+        rows = rows.with_columns(pl.lit(None, source.schema[name]).alias(name) for name in absent)
+        rows = rows.select(
+            *source.schema, pl.lit(False).alias("__uncompared"), pl.lit(absent_text(absent), pl.String).alias(ABSENT)
+        )
         rows = rows.sort(list(dict.fromkeys([time, *source.tie_order])), maintain_order=True)
         by = repeats_by(self.view, source.name)
         if not by:
@@ -137,7 +140,6 @@ class HistoryFiles:
         return numbered.with_columns(
             pl.col("__number").is_in(kept["__number"].implode()).alias("__counted"),
             pl.lit(None, pl.Int64).alias("__instead"),
-            pl.lit(False).alias("__uncompared"),
         ).drop("__number")
 
     def _dead_letters(self, dead_letters: pl.DataFrame) -> pl.DataFrame:

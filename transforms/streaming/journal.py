@@ -12,18 +12,19 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+import numpy as np
 import polars as pl
 
 from schemas.live import repeats_by
 from schemas.sources import Source
 from schemas.views import FeatureView, lifetime_sources
-from transforms.records.columns import moments_of
+from transforms.records.columns import moments_of, with_series
 from transforms.records.frame_packets import Head
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.beginnings import BEFORE_START, Beginnings
 from transforms.streaming.completeness import Completeness, CompletenessRule, SourceCompleteness
-from transforms.streaming.fates import RepeatMemory, known_columns, least_memory, remembered
+from transforms.streaming.fates import RepeatMemory, comparison_span, known_columns, least_memory, remembered
 from transforms.streaming.groups import GroupKeys, held_back, shard_groups
 from transforms.streaming.live_dimensions import Dimensions
 from transforms.streaming.messages import ORIGIN_TYPES
@@ -38,14 +39,17 @@ from transforms.streaming.progress import (
     offsets_of_json,
     offsets_to_json,
 )
-from transforms.streaming.repeats import RepeatFinder
+from transforms.streaming.repeats import Deduplicated, RepeatFinder
 from transforms.streaming.routing import TurnRouting
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, cut_text, row_identity
 from transforms.streaming.step_messages import ReadySpineRows, ShardInput, TurnEntry
 from transforms.streaming.time_buckets import TimeBuckets, size_of
+from transforms.streaming.view_contracts import contracts_of, sort_rows
 
 # Every shard gets an input at least every so many turns, with the horizon up to which it evicts rows.
 HORIZON_EVERY = 16
+# Counts the accepted rows that break the view's contract.  They are dead letters, and counted as such too.
+REJECTED = "rejected"
 _NO_DEAD_LETTERS = pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)
 Key = TypeVar("Key", int, str)
 
@@ -142,6 +146,7 @@ class Journal:
         self.keys = GroupKeys.of(view)
         self.dimensions: Dimensions | None = None  # it is needed if some key comes from a Lookup
         self.sources: dict[str, Source] = {view.spine.name: view.spine, **view.events}
+        self.contracts = contracts_of(view)
         self.completeness = Completeness({name: CompletenessRule.of(source) for name, source in self.sources.items()})
         self.turn_number, self.began = 0, 1
         self.sent = [0] * shards
@@ -212,14 +217,25 @@ class Journal:
         self.turn_number += 1
         watermarks = {name: self.completeness.watermark(name, now) for name in self.sources}
         accepted, dead_letters = self._accept(admitted, now)
+        accepted = {name: self._compared(name, rows) for name, rows in accepted.items()}
+        keeping = dict[str, pl.DataFrame]()
+        for name, rows in accepted.items():
+            keeping[name], broken = sort_rows(self.contracts[name], rows)
+            dead_letters += broken
+            for each in broken:
+                self._count(name, "dead", len(each))
+                self._count(name, REJECTED, len(each))
         routing = self._routing()
-        spine_rows = accepted.get(self.view.spine.name)
         for name in self.view.events:
-            if name in accepted:
-                accepted[name] = self._route_events(name, accepted[name], watermarks[name], routing)
+            if name in keeping:
+                fates = self._route_events(name, keeping[name], watermarks[name], routing)
+                if fates is not None:
+                    accepted[name] = _with_fates(accepted[name], fates)
+        spine_rows = keeping.get(self.view.spine.name)
         if spine_rows is not None:
             watermark = watermarks[self.view.spine.name]
-            dead_letters += self.spine_rows.add(spine_rows, watermark, self._oldest_allowed(watermark))
+            asked = spine_rows[[*self.view.spine.schema, *ORIGIN_TYPES]]
+            dead_letters += self.spine_rows.add(asked, watermark, self._oldest_allowed(watermark))
         for name in self.sources:
             self.completeness.watermark(name, now)
             self._find_beginning(name)
@@ -327,33 +343,39 @@ class Journal:
         rule = f"{BEFORE_START}: a source without unique takes rows from before its start from its history alone"
         return rows.filter(~early), [message_dead_letters(name, old, time, rule, pl.col(time).cast(pl.String))]
 
-    def _route_events(self, name: str, rows: pl.DataFrame, watermark: int, routing: TurnRouting) -> pl.DataFrame:
+    def _compared(self, name: str, rows: pl.DataFrame) -> pl.DataFrame:
+        """Accepted rows, with whether they come too late to be compared with others."""
+        uncompared = np.zeros(len(rows), np.bool_)
+        if name in self.repeats and self.horizon > ALWAYS:
+            bound = self.horizon - comparison_span(self.view, name, self.memory[name].length)
+            uncompared = moments_of(rows, str(self.sources[name].time)) < bound
+        return with_series(rows, [pl.Series("__uncompared", uncompared)])
+
+    def _route_events(self, name: str, rows: pl.DataFrame, watermark: int, routing: TurnRouting) -> Deduplicated | None:
         """Sends the new events of a source to the shards, and retracts events that a repeat replaces.
 
         Returns:
-            All the rows; for a source with `unique`, with columns that say whether each counted and which row it
-            replaced.
+            The fates of the rows of a source with `unique`; None of another source.
         """
-        whole = rows
+        fates = None
         late = int((moments_of(rows, str(self.sources[name].time)) < watermark).sum())
         if late:
             self._count(name, "late", late)
         if name in self.repeats:
             columns = list(dict.fromkeys([*known_columns(self.view, name), *ORIGIN_COLUMNS]))
             rows = rows[columns].hstack([row_identity(rows)])
-            distinct = self.repeats[name].deduplicate(rows, self.horizon)
-            if self.sources[name] is not self.view.spine and distinct.repeated:  # spine rows are counted elsewhere
-                self._count(name, "repeated", distinct.repeated)
-            whole = whole.hstack(distinct.fates(rows[RID]))
-            rows = distinct.counted[[*self.view.columns_held(name), RID]]
-            if len(distinct.replaced):
-                routing.add_replaced(name, distinct.replaced["__instead"].alias(RID))
+            fates = self.repeats[name].deduplicate(rows, self.horizon)
+            if self.sources[name] is not self.view.spine and fates.repeated:  # spine rows are counted elsewhere
+                self._count(name, "repeated", fates.repeated)
+            rows = fates.counted[[*self.view.columns_held(name), RID]]
+            if len(fates.replaced):
+                routing.add_replaced(name, fates.replaced["__instead"].alias(RID))
         else:
             rows = rows[self.view.columns_held(name)]
         if self.horizon > ALWAYS:
             rows = self._route_old_events(name, rows, routing)
         routing.add_events(name, rows)
-        return whole
+        return fates
 
     def _route_old_events(self, name: str, rows: pl.DataFrame, routing: TurnRouting) -> pl.DataFrame:
         """Sends events that are too old for time buckets to be compacted, or counts them as outside every window.
@@ -472,6 +494,16 @@ class Journal:
     def _count(self, source: str, what: str, number: int) -> None:
         counts = self.counts[source]
         counts[what] = counts.get(what, 0) + number
+
+
+def _with_fates(rows: pl.DataFrame, fates: Deduplicated) -> pl.DataFrame:
+    """Accepted rows with columns that say whether each counts and which row it replaces."""
+    identities = row_identity(rows)
+    replaced = fates.replaced.unique(RID, keep="first", maintain_order=True)  # a row can name only one
+    return rows.with_columns(
+        identities.is_in(fates.counted[RID].implode()).alias("__counted"),
+        identities.to_frame().join(replaced, on=RID, how="left", maintain_order="left")["__instead"],
+    )
 
 
 def _copied(by_source: Mapping[str, Mapping[Key, int]]) -> dict[str, dict[Key, int]]:

@@ -22,7 +22,7 @@ from transforms.features.kernel import KernelTables, computing
 from transforms.features.lifetime_summaries import Summary, merge_summaries, summarise
 from transforms.features.long_windows import firsts_and_lasts
 from transforms.features.packed_events import IndexedRows, PackedEvents
-from transforms.records.row_hashing import UInt64s
+from transforms.records.arrays import UInt64s
 from transforms.records.times import ALWAYS
 from transforms.streaming.time_buckets import SLOTS, Change, Piece
 

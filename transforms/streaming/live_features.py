@@ -17,12 +17,11 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.timestamp import MIN_TIMESTAMP
 from apache_beam.utils.windowed_value import WindowedValue
 
-from schemas.live import live_schema
+from schemas.live import live_schema, live_sources
+from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.record_batches import batch
 from transforms.records.times import now_us
-from transforms.sources.contracts import Contract
-from transforms.sources.inventory import spine_contract
 from transforms.streaming.crash_guard import CrashGuard
 from transforms.streaming.journal_dofn import JournalDoFn, TimedJournalDoFn
 from transforms.streaming.kafka import (
@@ -132,21 +131,8 @@ def _keyed_step(step: beam.DoFn, *tags: str) -> beam.PTransform:
     return done.with_outputs(*tags) if tags else done
 
 
-def contracts_of(view: FeatureView) -> dict[str, Contract]:
-    """The contract of each topic's rows: the columns that features read, and all columns of the spine."""
-    spine = spine_contract(view)
-    return {
-        view.spine.name: spine,
-        **{
-            name: Contract(source, tuple(view.columns_read(name)))  # rows hold all declared columns anyway
-            for name, source in view.events.items()
-            if source is not view.spine
-        },
-    }
-
-
 def decode_messages(
-    contracts: Mapping[str, Contract],
+    sources: Mapping[str, Source],
     messages: Iterable[Message],
     prefix: str = "",
     index: int | None = None,
@@ -156,7 +142,7 @@ def decode_messages(
     """Messages of any topics and partitions as one envelope for the journal.
 
     Args:
-        contracts: by source.
+        sources: by name.
         messages: see above.
         prefix: of the names of topics.
         index: position in the order of a replay.
@@ -166,7 +152,7 @@ def decode_messages(
     micro_batches, arrived = [], 0
     for topic, group in itertools.groupby(sorted(by_partition(messages).items()), lambda each: each[0][0]):
         source, partitions = topic.removeprefix(prefix), [some for _, some in group]
-        for some, held in zip(partitions, decode_topic(contracts[source], partitions, limits), strict=True):
+        for some, held in zip(partitions, decode_topic(sources[source], partitions, limits), strict=True):
             micro_batches.append(
                 MicroBatch(
                     source=source,
@@ -186,7 +172,7 @@ def decode_messages(
 
 def decode_alone(view: FeatureView, prefix: str, limits: MessageLimits, message: Message) -> None:
     """Decodes one message, to see whether the process survives it."""
-    decode_messages(contracts_of(view), [message], prefix, limits=limits)
+    decode_messages(live_sources(view), [message], prefix, limits=limits)
 
 
 class DecodeChunks(beam.DoFn):
@@ -196,10 +182,10 @@ class DecodeChunks(beam.DoFn):
         self.view, self.prefix = view, prefix
 
     def setup(self) -> None:
-        self.contracts = contracts_of(self.view)
+        self.sources = live_sources(self.view)
 
     def process(self, chunk: tuple[int, list[Message]]) -> Iterator[bytes]:
-        yield decode_messages(self.contracts, chunk[1], self.prefix, chunk[0])
+        yield decode_messages(self.sources, chunk[1], self.prefix, chunk[0])
 
 
 class DecodeBundles(beam.DoFn):
@@ -218,7 +204,7 @@ class DecodeBundles(beam.DoFn):
         self.view, self.prefix, self.folder, self.limits = view, prefix, guard, limits
 
     def setup(self) -> None:
-        self.contracts = contracts_of(self.view)
+        self.sources = live_sources(self.view)
         self.guard = CrashGuard(self.folder, functools.partial(decode_alone, self.view, self.prefix, self.limits))
 
     def teardown(self) -> None:
@@ -240,6 +226,6 @@ class DecodeBundles(beam.DoFn):
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self.messages:
             with self.guard.decoding(self.messages) as messages:
-                envelope = decode_messages(self.contracts, messages, self.prefix, None, now_us(), self.limits)
+                envelope = decode_messages(self.sources, messages, self.prefix, None, now_us(), self.limits)
             self.messages, self.bytes, self.expanded = [], 0, 0
             yield WindowedValue(envelope, MIN_TIMESTAMP, [GlobalWindow()])

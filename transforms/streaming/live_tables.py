@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, timedelta
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 from deltalake import DeltaTable
 
 from schemas.errors import ConflictError, StoreError
-from schemas.live import accepted, live_schema, live_sources, repeats_by
+from schemas.live import accepted, live_schema, live_sources
 from schemas.views import FeatureView
+from transforms.records.arrays import Ints
 from transforms.records.frame_packets import Head
 from transforms.records.record_batches import batch
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
@@ -44,7 +44,6 @@ from transforms.storage.delta_tables import (
 from transforms.storage.log_entries import LogEntry
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.storage.stored_json import explain_damage, parse_object
-from transforms.streaming.fates import FATE_COLUMNS
 from transforms.streaming.progress import NO_EPOCH, CommitRecord, Epoch
 from transforms.streaming.step_messages import TurnEntry, TurnFeatures
 from transforms.streaming.time_buckets import StoreSize
@@ -262,7 +261,7 @@ class UnknownIds(NewRows):
     once."""
 
     def __init__(self) -> None:
-        self.known: dict[date, dict[str, npt.NDArray[np.int64]]] = {}
+        self.known: dict[date, dict[str, Ints]] = {}
 
     def __call__(self, table: DeltaTable | None, frame: pl.DataFrame) -> pl.DataFrame:
         if table is None or not len(frame):
@@ -274,7 +273,7 @@ class UnknownIds(NewRows):
                 keep &= ~((days == day).to_numpy() & np.isin(ids, known))
         return frame if keep.all() else frame.filter(pl.Series(keep))
 
-    def _ids(self, table: DeltaTable, day: date) -> list[npt.NDArray[np.int64]]:
+    def _ids(self, table: DeltaTable, day: date) -> list[Ints]:
         known = self.known.setdefault(day, {})
         for file in data_files(table, day, day + timedelta(days=1)):
             if file.path not in known:
@@ -416,11 +415,6 @@ class PendingTurns:
     def _source(self, name: str, frame: pl.DataFrame, record: CommitRecord) -> int:
         source = live_sources(self.view)[name]
         frame = frame.with_columns(_time("__arrived"), pl.col(str(source.time)).dt.date().alias("date"))
-        frame = frame.with_columns(
-            pl.lit(True if column == "__counted" else None).alias(column)
-            for column in FATE_COLUMNS
-            if repeats_by(self.view, name) and column not in frame.columns
-        )
         writer = self.writers.sources[name]
         fresh = BeyondOffsets(writer.app, name, ("", "__partition", "__offset"))
         return writer.append(frame, record.turn, record.to_json(), fresh)

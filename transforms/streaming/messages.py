@@ -1,4 +1,9 @@
-"""Messages and their rows: a value is an Arrow IPC stream, JSON or an Avro container; its first bytes show which."""
+"""Messages and their rows: a value is an Arrow IPC stream, JSON or an Avro container, which its first bytes show.
+
+A row is *readable* if its columns have the declared types and its time is plausible.  Every readable row is accepted,
+whichever views read its source: whether it keeps the contract of a view is decided later (see `view_contracts`).  A
+declared column that a row does not have is null, and is named in `ABSENT`.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +28,15 @@ from schemas.sources import Source
 from transforms.records.columns import moments_of, select, with_series
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import IN_YEARS, Contract, check_rows, outside_years
-from transforms.sources.conversions import converted, problem_free, with_problems
+from transforms.sources.conversions import Reading, converted, problem_free
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.avro_messages import MAGIC, avro_rows, check_avro
 from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits, check_arrow, check_json, read_arrow
 
 HEARTBEAT = b"__heartbeat"
-# Columns besides the source's own: the origin of a row.
+# The declared columns that a row does not have, as a JSON list; null if it has them all.
+ABSENT = "__absent"
+# Columns beside the source's own: the origin of a row.
 ORIGIN_TYPES = {"__partition": pl.Int32, "__offset": pl.Int64, "__place": pl.Int32, "__arrived": pl.Int64}
 _NO_DEAD_LETTERS = pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)
 _ARROW = b"\xff\xff\xff\xff"
@@ -57,8 +64,8 @@ class Decoded:
     """The rows of some messages of one partition.
 
     Args:
-        rows: the rows that satisfy the contract, with the declared columns and `ORIGIN_TYPES`.
-        dead_letters: rows and messages that break the contract, with the columns `MESSAGE_DEAD_LETTERS`.
+        rows: the readable rows: the declared columns, `ABSENT` and `ORIGIN_TYPES`.
+        dead_letters: of the other rows and messages, with the columns `MESSAGE_DEAD_LETTERS`.
         heartbeat: the greatest time (µs) up to which a heartbeat declares the partition complete, or None.
     """
 
@@ -107,32 +114,32 @@ def heartbeat(until: int) -> tuple[bytes, bytes]:
     return HEARTBEAT, str(until).encode()
 
 
-def decode(contract: Contract, messages: Sequence[Message], limits: MessageLimits = DEFAULT_LIMITS) -> Decoded:
-    """The rows of one partition's messages that satisfy the contract, and dead letters for the others."""
-    (decoded,) = decode_topic(contract, [messages], limits)
+def decode(source: Source, messages: Sequence[Message], limits: MessageLimits = DEFAULT_LIMITS) -> Decoded:
+    """The readable rows of one partition's messages, and dead letters of the rest."""
+    (decoded,) = decode_topic(source, [messages], limits)
     return decoded
 
 
 def decode_topic(
-    contract: Contract, partitions: Sequence[Sequence[Message]], limits: MessageLimits = DEFAULT_LIMITS
+    source: Source, partitions: Sequence[Sequence[Message]], limits: MessageLimits = DEFAULT_LIMITS
 ) -> list[Decoded]:
     """Like `decode`, for several partitions of one topic at once, in ascending order."""
     rows = [each for messages in partitions for each in messages if each.key != HEARTBEAT]
-    frames, dead_letters = _frames(contract, rows, limits)
-    kept = _empty(contract.source)
+    frames, dead_letters = _frames(source, rows, limits)
+    kept = _empty(source)
     if frames:
         whole = frames[0] if len(frames) == 1 else _concat(frames)
-        kept, broken = check_rows(contract, whole)
+        kept, broken = check_rows(_plausible(source), whole)
         if len(broken):
-            dead_letters.append(_located(contract, whole, broken))
+            dead_letters.append(located(source, whole, broken))
         for reject in (_ahead, _beyond_calendar):
-            kept, rejected = reject(contract, kept)
+            kept, rejected = reject(source, kept)
             dead_letters += rejected
     broken, result = pl.concat([_NO_DEAD_LETTERS, *dead_letters]) if dead_letters else _NO_DEAD_LETTERS, []
     numbers = [messages[0].partition if messages else 0 for messages in partitions]
     positions = np.searchsorted(kept["__partition"].to_numpy(), [*numbers, 2**31 - 1])
     for messages, number, start, end in zip(partitions, numbers, positions[:-1], positions[1:], strict=True):
-        until, more = _promised(contract, messages)
+        until, more = _promised(source, messages)
         mine = broken.filter(pl.col("partition") == number) if len(broken) and len(partitions) > 1 else broken
         result.append(Decoded(kept[int(start) : int(end)], pl.concat([mine, *more]) if more else mine, until))
     return result
@@ -144,27 +151,32 @@ def _concat(frames: list[pl.DataFrame]) -> pl.DataFrame:
     return pl.concat(frames, how="vertical" if alike else "diagonal")
 
 
-def _promised(contract: Contract, messages: Sequence[Message]) -> tuple[int | None, list[pl.DataFrame]]:
+@functools.lru_cache(256)
+def _plausible(source: Source) -> Contract:
+    """The rules that every row keeps, whoever reads it."""
+    return Contract(source, (), time_only=True)
+
+
+def _promised(source: Source, messages: Sequence[Message]) -> tuple[int | None, list[pl.DataFrame]]:
     """Returns the greatest time of a partition's heartbeats, and dead letters of heartbeats without a valid time."""
-    until, dead_letters, ahead_by = list[int](), list[pl.DataFrame](), microseconds(contract.source.ahead, zero=True)
+    until, dead_letters, ahead_by = list[int](), list[pl.DataFrame](), microseconds(source.ahead, zero=True)
     for message in (each for each in messages if each.key == HEARTBEAT):
         stamp = int(message.value) if re.fullmatch(rb"-?\d{1,19}", message.value) else None
         if stamp is None or stamp < ALWAYS or (stamp > message.timestamp + ahead_by and stamp != FOREVER):
-            ahead = contract.source.ahead
-            rule = f"a heartbeat is an integer, µs since 1970, at most {ahead} ahead of its arrival (ahead)"
-            dead_letters.append(_unreadable(contract, message, rule))
-        elif stamp != FOREVER or message is messages[-1]:  # an end only counts if no message follows it
+            rule = f"a heartbeat is an integer, µs since 1970, at most {source.ahead} ahead of its arrival (ahead)"
+            dead_letters.append(_unreadable(source, message, rule))
+        elif stamp != FOREVER or message is messages[-1]:  # an end counts only if no message follows
             until.append(stamp)
     return max(until, default=None), dead_letters
 
 
 @functools.lru_cache(256)
 def _empty(source: Source) -> pl.DataFrame:
-    return pl.DataFrame(schema={**source.schema, **ORIGIN_TYPES})
+    return pl.DataFrame(schema={**source.schema, ABSENT: pl.String(), **ORIGIN_TYPES})
 
 
 def _frames(
-    contract: Contract, messages: Sequence[Message], limits: MessageLimits
+    source: Source, messages: Sequence[Message], limits: MessageLimits
 ) -> tuple[list[pl.DataFrame], list[pl.DataFrame]]:
     """Frames of the readable messages, and dead letters of the others."""
     frames, dead_letters = [], []
@@ -172,29 +184,29 @@ def _frames(
         some = list(group)
         if together is not None and len(some) > 1:
             with contextlib.suppress(*ANY_ERROR):  # all at once; if that fails, one by one
-                frames.append(together(contract, some, limits))
+                frames.append(together(source, some, limits))
                 continue
         for message in some:
             try:
-                frames.append(_one(contract, message, limits))
+                frames.append(_one(source, message, limits))
             except ANY_ERROR as error:
                 reason = str(error).strip().splitlines()
-                dead_letters.append(_unreadable(contract, message, reason[0][:300] if reason else _READABLE))
+                dead_letters.append(_unreadable(source, message, reason[0][:300] if reason else _READABLE))
     return frames, dead_letters
 
 
-def _one(contract: Contract, message: Message, limits: MessageLimits) -> pl.DataFrame:
+def _one(source: Source, message: Message, limits: MessageLimits) -> pl.DataFrame:
     if message.refused:
         raise ContractError(message.refused)
     together = _together(message)
     if together is not None:
-        return together(contract, [message], limits)
+        return together(source, [message], limits)
     if message.value[:4] == MAGIC:
-        return _from_rows(contract, _avro_rows(contract, message, limits), [message])
+        return _from_rows(source, _avro_rows(source, message, limits), [message])
     raise ContractError(_READABLE.capitalize(), f"{len(message.value)} bytes starting {message.value[:12]!r}", "")
 
 
-def _together(message: Message) -> Callable[[Contract, Sequence[Message], MessageLimits], pl.DataFrame] | None:
+def _together(message: Message) -> Callable[[Source, Sequence[Message], MessageLimits], pl.DataFrame] | None:
     """The function that reads several messages of this format at once; None if they are read one by one."""
     if message.refused:
         return None
@@ -203,26 +215,58 @@ def _together(message: Message) -> Callable[[Contract, Sequence[Message], Messag
     return _from_arrow if message.value[:4] == _ARROW else None
 
 
-def _from_arrow(contract: Contract, messages: Sequence[Message], limits: MessageLimits) -> pl.DataFrame:
+def _from_arrow(source: Source, messages: Sequence[Message], limits: MessageLimits) -> pl.DataFrame:
     tables: list[pa.Table] = []
     for message in messages:
         place = f"{message.topic}/{message.partition}@{message.offset}"
-        declared = contract.source.schema.keys()
-        table = read_arrow(message.value, declared, lambda schema: contract.check(schema, place), limits)  # noqa: B023
-        tables.append(table)
+
+        def check(schema: pa.Schema, place: str = place) -> None:
+            given = frozenset({str(source.time), *schema.names})
+            _having(source, given.intersection(source.schema)).check(schema, place)
+
+        tables.append(read_arrow(message.value, source.schema.keys(), check, limits))
     parts = []
     for _, some in itertools.groupby(tables, lambda table: table.schema):
         whole = _in_microseconds(pa.concat_tables(some))
         frame = pl.DataFrame(
-            pl.from_arrow(whole.select([name for name in contract.source.schema if name in whole.schema.names]))
+            pl.from_arrow(whole.select([name for name in source.schema if name in whole.schema.names]))
         )
+        absent = [name for name in source.schema if name not in frame.columns]
         there = [
             frame[name] if name in frame.columns else pl.Series(name, [None], dtype).new_from_index(0, len(frame))
-            for name, dtype in contract.source.schema.items()
+            for name, dtype in source.schema.items()
         ]
-        parts.append(contract.declared(pl.DataFrame(there), contract.source.schema))
-    whole = parts[0] if len(parts) == 1 else pl.concat(with_problems(parts))
+        columns = converted(pl.DataFrame(there), source.schema, _reading(source), (), _weights(source))
+        text = pl.Series(ABSENT, [absent_text(absent)], pl.String).new_from_index(0, len(frame))
+        parts.append(with_series(columns, [text]))
+    whole = parts[0] if len(parts) == 1 else _concat(parts)
     return _with_origin(whole, messages, [len(table) for table in tables])
+
+
+def _reading(source: Source) -> Reading:
+    """How times of messages are read: which instant a local time is that occurs twice, nobody can tell."""
+    return Reading(source.zone, source.unit, None)
+
+
+def _weights(source: Source) -> dict[str, int]:
+    """Every declared column counts; those first that decide whether a row is the source's."""
+    return {name: place for place, name in enumerate(dict.fromkeys([*source.columns_of_where, *source.schema]))}
+
+
+@functools.lru_cache(1024)
+def _having(source: Source, columns: frozenset[str]) -> Contract:
+    """The contract of messages that have these columns, to check their types."""
+    return Contract(source, tuple(name for name in source.schema if name in columns))
+
+
+def absent_text(columns: Iterable[str]) -> str | None:
+    """The value of `ABSENT` of a row that does not have these columns.
+
+    >>> absent_text(["price", "shop"])
+    '["price","shop"]'
+    """
+    names = list(columns)
+    return json.dumps(names, separators=(",", ":")) if names else None
 
 
 def _in_microseconds(table: pa.Table) -> pa.Table:
@@ -238,7 +282,7 @@ def _in_microseconds(table: pa.Table) -> pa.Table:
     return table
 
 
-def _from_json(contract: Contract, messages: Sequence[Message], limits: MessageLimits) -> pl.DataFrame:
+def _from_json(source: Source, messages: Sequence[Message], limits: MessageLimits) -> pl.DataFrame:
     counts: list[int] = []
     rows: list[object] = []
     for message in messages:
@@ -248,26 +292,29 @@ def _from_json(contract: Contract, messages: Sequence[Message], limits: MessageL
         limits.check_rows(len(some))
         rows += some
         counts.append(len(some))
-    return _from_rows(contract, rows, messages, counts)
+    return _from_rows(source, rows, messages, counts)
 
 
 def _from_rows(
-    contract: Contract, rows: list[object], messages: Sequence[Message], counts: Sequence[int] | None = None
+    source: Source, rows: list[object], messages: Sequence[Message], counts: Sequence[int] | None = None
 ) -> pl.DataFrame:
-    """Rows of messages as a frame.  Every row must have every column that is read: a renamed column must not be read as
-    null."""
-    source, read, objects = contract.source, set(contract.columns), []
+    """Rows of messages as a frame.  Every row must have its time."""
+    declared, time, objects, absent = source.schema.keys(), str(source.time), [], list[str | None]()
     for row in rows:
         if not isinstance(row, dict):
             raise ContractError("A message holds an object or a list of them", repr(row)[:100], "")
-        if not read <= row.keys():
-            missing = next(name for name in contract.columns if name not in row)
-            what = f"Source {source.name!r}: every row has the declared column {missing!r}"
-            raise ContractError(what, ", ".join(map(str, row)), nearest(missing, map(str, row)))
+        if declared <= row.keys():
+            absent.append(None)
+        else:
+            if time not in row:
+                what = f"Source {source.name!r}: every row has the declared column {time!r}"
+                raise ContractError(what, ", ".join(map(str, row)), nearest(time, map(str, row)))
+            absent.append(absent_text(name for name in declared if name not in row))
         objects.append(row)
     columns = [
         _column(source, name, dtype, [each.get(name) for each in objects]) for name, dtype in source.schema.items()
     ]
+    columns.append(pl.Series(ABSENT, absent, pl.String))
     return _with_origin(pl.DataFrame(columns), messages, [len(rows)] if counts is None else counts)
 
 
@@ -320,16 +367,16 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[object])
 def _moments(source: Source, name: str, values: list[object]) -> pl.Series:
     """Times as text, or as numbers in the source's unit, by the rules of its files."""
     frame = pl.DataFrame([pl.Series(name, values, pl.String)])
-    found = converted(frame, {name: source.schema[name]}, Contract(source, ()).reading)
+    found = converted(frame, {name: source.schema[name]}, _reading(source))
     if not problem_free(found):
         rule, value = found.filter(pl.col("__rule").is_not_null()).row(0)[-2:]
         raise ContractError(f"Source {source.name!r}: {name!r}: {rule}", repr(value), "")
     return found[name]
 
 
-def _avro_rows(contract: Contract, message: Message, limits: MessageLimits) -> list[object]:
+def _avro_rows(source: Source, message: Message, limits: MessageLimits) -> list[object]:
     try:
-        return avro_rows(message.value, contract.source.schema.keys(), limits)
+        return avro_rows(message.value, source.schema.keys(), limits)
     except ContractError:
         raise
     except Exception as error:  # fastavro may raise any error on bytes that are not Avro
@@ -348,17 +395,18 @@ def _with_origin(frame: pl.DataFrame, messages: Sequence[Message], counts: Seque
     return with_series(frame, origin)
 
 
-def _unreadable(contract: Contract, message: Message, reason: str) -> pl.DataFrame:
+def _unreadable(source: Source, message: Message, reason: str) -> pl.DataFrame:
     text = message.value[:200].decode("utf-8", "backslashreplace")
-    reason = reason.encode("utf-8", "backslashreplace").decode()  # the error may quote half of a surrogate pair
-    row = (contract.source.name, message.partition, message.offset, -1, "", reason, text, message.timestamp)
+    reason = reason.encode("utf-8", "backslashreplace").decode()  # it may quote half a surrogate pair
+    row = (source.name, message.partition, message.offset, -1, "", reason, text, message.timestamp)
     return pl.DataFrame([row], schema=MESSAGE_DEAD_LETTERS, orient="row")
 
 
-def _located(contract: Contract, whole: pl.DataFrame, broken: pl.DataFrame) -> pl.DataFrame:
+def located(source: Source, whole: pl.DataFrame, broken: pl.DataFrame) -> pl.DataFrame:
+    """The dead letters `broken` of rows of `whole` (see `check_rows`), with the origin of each."""
     at = whole[broken["place"]].select("__partition", "__offset", "__place", "__arrived")
     return broken.select(
-        pl.lit(contract.source.name).alias("source"),
+        pl.lit(source.name).alias("source"),
         at["__partition"].alias("partition"),
         at["__offset"].alias("offset"),
         at["__place"].alias("place"),
@@ -369,13 +417,12 @@ def _located(contract: Contract, whole: pl.DataFrame, broken: pl.DataFrame) -> p
     )
 
 
-def _ahead(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
+def _ahead(source: Source, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
     """Rejects rows whose time is more than `ahead` after their arrival, since they would move the watermark.
 
     Returns:
         The other rows, and dead letters.
     """
-    source = contract.source
     time = str(source.time)
     ahead = moments_of(rows, time) > rows["__arrived"].to_numpy() + microseconds(source.ahead, zero=True)
     if not ahead.any():
@@ -386,21 +433,19 @@ def _ahead(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[p
     return rows.filter(~late), [message_dead_letters(source.name, bad, time, rule, pl.col(time).cast(pl.String))]
 
 
-def _beyond_calendar(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
-    """Rejects rows with a time that files, logs and reports cannot represent.
+def _beyond_calendar(source: Source, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
+    """Rejects rows with a time that no file, log or report can hold.
 
     Returns:
         The other rows, and dead letters.
     """
     dead_letters = []
-    for name, dtype in contract.source.schema.items():
+    for name, dtype in source.schema.items():
         if dtype.is_temporal() and len(rows):
             beyond = out_of_calendar(rows[name])
             if beyond.any():
                 value = pl.col(name).to_physical().cast(pl.String)
-                dead_letters.append(
-                    message_dead_letters(contract.source.name, rows.filter(beyond), name, IN_YEARS, value)
-                )
+                dead_letters.append(message_dead_letters(source.name, rows.filter(beyond), name, IN_YEARS, value))
                 rows = rows.filter(~beyond)
     return rows, dead_letters
 

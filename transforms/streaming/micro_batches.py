@@ -32,7 +32,7 @@ class MicroBatch:
         next: the offset after the last.
         messages: number of messages.
         heartbeat: the greatest time (µs) up to which a heartbeat declares the partition complete, or None.
-        rows: the rows that satisfy the contract, with their origin.
+        rows: the readable rows, with `ABSENT` and their origin (see `messages`).
         dead_letters: the dead letters, with the columns `MESSAGE_DEAD_LETTERS`.
         received: when the job received the messages, µs; a gap before them counts as open from then on.
     """

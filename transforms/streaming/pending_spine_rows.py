@@ -17,6 +17,9 @@ from transforms.streaming.time_buckets import MINUTE, TimeBuckets
 
 # Up to this many new spine rows are looked up one by one.
 FEW = 256
+# The rules by which a spine row that keeps the contract may be rejected.
+TOO_LATE = "a question comes no later than the spine's lateness and --keep allow"
+CONFLICTING = "one key asks one question at one time (the smallest, or the answered one, was kept)"
 # Names of the two stores in checkpoints.
 PENDING, KNOWN_SPINE_ROWS = "?pending", "?asked"
 
@@ -60,10 +63,8 @@ class PendingSpineRows:
             early = moments_of(rows, view.time) < since
             if early.any():
                 old = rows.filter(pl.Series(early))
-                rule = "a question comes no later than the spine's lateness and --keep allow"
-                dead_letters.append(
-                    message_dead_letters(spine, old, view.time, rule, pl.col(view.time).cast(pl.String))
-                )
+                moment = pl.col(view.time).cast(pl.String)
+                dead_letters.append(message_dead_letters(spine, old, view.time, TOO_LATE, moment))
                 self.count(spine, "too_late", len(old))
                 rows = rows.filter(pl.Series(~early))
         rows = with_series(rows, [pl.Series("__late", moments_of(rows, view.time) < watermark)])
@@ -145,9 +146,14 @@ class PendingSpineRows:
     def _conflicting(self, rows: pl.DataFrame) -> pl.DataFrame:
         view = self.view
         self.count(view.spine.name, "conflicting", len(rows))
-        rule = "one key asks one question at one time (the smallest, or the answered one, was kept)"
         key = pl.concat_str([pl.col(name).cast(pl.String) for name in view.key], separator=", ")
-        return message_dead_letters(view.spine.name, rows, ", ".join(view.key), rule, key)
+        return message_dead_letters(view.spine.name, rows, ", ".join(view.key), CONFLICTING, key)
+
+
+def about_spine_rows() -> pl.Expr:
+    """Whether a dead letter is of a spine row that kept the contract, and was rejected then."""
+    rule = pl.col("rule").str
+    return rule.starts_with(TOO_LATE) | rule.starts_with("one key asks one question")  # as earlier versions said it
 
 
 def identified(view: FeatureView, rows: pl.DataFrame) -> pl.DataFrame:

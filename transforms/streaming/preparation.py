@@ -17,6 +17,7 @@ from transforms.storage.paths import features_live_uri, source_uri, sources_root
 from transforms.streaming.beginnings import HISTORY_PARTITION, of_topic
 from transforms.streaming.epochs import take_epoch
 from transforms.streaming.history import Handover
+from transforms.streaming.journal import REJECTED
 from transforms.streaming.kafka import Broker, begin_offsets, dead_letters_topic, ensure_topics, topic_of
 from transforms.streaming.kafka_admin import OVERHEAD, check_reachable, size_limit, unread_offsets
 from transforms.streaming.live_features import Sends
@@ -198,7 +199,7 @@ class LiveFeaturesFigures:
     def unaccounted(self) -> int:
         """Number of accepted spine rows that have no feature row, are not rejected and are not pending."""
         counts = self.counts[self.job.view.spine.name]
-        rejected = sum(counts.get(reason, 0) for reason in ("repeated", "conflicting", "too_late"))
+        rejected = sum(counts.get(reason, 0) for reason in (REJECTED, "repeated", "conflicting", "too_late"))
         return counts["rows"] - self.rows_out - rejected - (0 if self.record is None else self.record.pending)
 
     def to_json(self) -> dict[str, object]:

@@ -22,7 +22,7 @@ from transforms.streaming.journal import Journal, Turn
 from transforms.streaming.lifetime_store import LifetimeStore
 from transforms.streaming.live_tables import features_record, source_record
 from transforms.streaming.messages import ORIGIN_TYPES
-from transforms.streaming.pending_spine_rows import identified
+from transforms.streaming.pending_spine_rows import about_spine_rows, identified
 from transforms.streaming.progress import RecoveryPoint
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, row_identity
 
@@ -136,12 +136,12 @@ def _oldest_needed(journal: Journal, store: str, watermark: int) -> int:
 
 
 def _rejected(store: str, view: FeatureView) -> pl.DataFrame:
-    """The origins of spine rows that became dead letters."""
+    """The origins of spine rows that kept the contract and were rejected all the same."""
     rejected = [pl.DataFrame(schema={name: ORIGIN_TYPES[name] for name in ORIGIN_COLUMNS})]
     table = open_table(live_dead_letters_uri(store, view.name))
     for file in () if table is None else data_files(table):
-        rows = pl.DataFrame(pl.from_arrow(read_file(file, ["source", "partition", "offset", "place"])))
-        rows = rows.filter(pl.col("source") == view.spine.name)
+        rows = pl.DataFrame(pl.from_arrow(read_file(file, ["source", "partition", "offset", "place", "rule"])))
+        rows = rows.filter(about_spine_rows(), source=view.spine.name)
         rejected.append(rows.select(pl.col(name.removeprefix("__")).alias(name) for name in ORIGIN_COLUMNS))
     return pl.concat(rejected)
 

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import apache_beam as beam
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from schemas.live import live_sources
 from schemas.sources import Source
 from schemas.views import FeatureView
+from transforms.records.arrays import Ints
 from transforms.records.row_hashing import combine_hashes, hash_column, hash_columns, mix_bits
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import Contract
@@ -25,10 +25,8 @@ from transforms.sources.conversions import without_problems
 from transforms.sources.inventory import spine_contract, survey_files
 from transforms.sources.listing import require_unchanged
 from transforms.sources.reader import read_raw
-from transforms.streaming.live_features import contracts_of
 from transforms.streaming.messages import Message, heartbeat, to_arrow, to_json
-
-Ints = npt.NDArray[np.int64]
+from transforms.streaming.view_contracts import contracts_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable, Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from schemas.views import FeatureView
 from transforms.features.kernel import KernelTables, compute, feature_columns
 from transforms.features.packed_events import PackedEvents
 from transforms.features.window_bounds import is_sorted
+from transforms.records.arrays import Bools
 from transforms.records.columns import moments_of
 from transforms.records.row_hashing import key_hashes, keys_hashes
 from transforms.records.times import ALWAYS
@@ -99,7 +98,7 @@ class Shard:
     def compute_features(self, spine_rows: pl.DataFrame) -> dict[int, pl.DataFrame]:
         """For each number of a group, its features of the spine rows with keys of this shard, and their
         `__position`."""
-        owners: dict[tuple[str, ...], npt.NDArray[np.bool_]] = {}
+        owners: dict[tuple[str, ...], Bools] = {}
         if self.shards > 1:
             hashes = keys_hashes(spine_rows, (group.spine_columns for group in self.groups))
             owners = {key: shard_of(some, self.shards) == self.number for key, some in hashes.items()}

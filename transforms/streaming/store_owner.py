@@ -1,9 +1,9 @@
 """The owner of a live store: one view, and one stream of messages.
 
-A store has accepted rows, offsets and dead letters by source, and rows are checked by the columns that one view reads.
-The job of a second view on the same store would continue from the offsets of the first one, with rows that were checked
-for another view.  The first job on a store writes the owner to a file there.  If the file is missing, the owner follows
-from the tables.
+A store has offsets and dead letters of one view's job.  The job of a second view on the same store would continue from
+the offsets of the first one.  Another definition of the view continues with the rows that are there, if they have the
+columns that it reads, of the types that it declares.  The first job on a store writes the owner to a file there.  If
+the file is missing, the tables show it.
 
 Offsets are only valid in their own stream: the flags and files of a replay decide its offsets, the topics of Kafka
 theirs.
@@ -16,21 +16,19 @@ import json
 import os
 from collections.abc import Mapping
 
-import polars as pl
 import pyarrow as pa
 
 from schemas.errors import StoreError
-from schemas.live import repeats_by
+from schemas.live import accepted, live_sources
 from schemas.views import FeatureView
 from transforms.records.frame_packets import Head
-from transforms.sources.contracts import check_rows
-from transforms.storage.delta_tables import data_files, open_table, read_file, write_file_atomically
+from transforms.storage.delta_tables import delta_schema, open_table, write_file_atomically
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root, tables_below
+from transforms.storage.paths import live_dead_letters_uri, source_uri, sources_root, tables_below
 from transforms.storage.stored_json import explain_damage, parse_object, read_regular
 from transforms.streaming.beginnings import of_topic
-from transforms.streaming.live_features import contracts_of
 from transforms.streaming.live_tables import application_of, source_record
+from transforms.streaming.view_contracts import contracts_of
 
 OWNER = "live_view.json"
 _FIX = "Give this job another --store (with its own offsets, accepted rows and feature rows)"
@@ -42,57 +40,44 @@ class Owner:
 
     Args:
         view: name of the view.
-        fingerprint: fingerprint of the view.
-        sources: by source, everything that decides which rows are accepted.
-        stream: everything on which the offsets depend, by the names of flags; None: it is not known.
+        fingerprint: of the view.
+        declared: by source, the type of each declared column.
+        stream: everything that the offsets depend on, by the names of flags; None: it is not known.
         rows: of a replay, digests of what its messages hold, by source; None: there are none.
     """
 
     view: str
     fingerprint: str
-    sources: Mapping[str, CheckedColumns]
+    declared: Mapping[str, Mapping[str, str]]
     stream: Mapping[str, object] | None = None
     rows: Mapping[str, str] | None = None
 
     @classmethod
     def of(cls, view: FeatureView, stream: Mapping[str, object] | None, rows: Mapping[str, str] | None = None) -> Owner:
-        sources = {
-            name: CheckedColumns(tuple(sorted(contract.columns)), tuple(sorted(repeats_by(view, name))))
-            for name, contract in contracts_of(view).items()
+        declared = {
+            name: {column: str(dtype) for column, dtype in source.schema.items()}
+            for name, source in live_sources(view).items()
         }
-        return cls(view.name, view.fingerprint, sources, None if stream is None else dict(stream), rows)
+        return cls(view.name, view.fingerprint, declared, None if stream is None else dict(stream), rows)
 
     def after(self, known: Owner) -> Owner:
         """This owner, with other sources and the stream that an earlier job recorded."""
         stream, rows = (self.stream, self.rows) if self.stream is not None else (known.stream, known.rows)
-        return dataclasses.replace(self, sources={**known.sources, **self.sources}, stream=stream, rows=rows)
+        return dataclasses.replace(self, declared={**known.declared, **self.declared}, stream=stream, rows=rows)
 
     def to_text(self) -> str:
-        sources = {name: dataclasses.asdict(each) for name, each in self.sources.items()}
         stream = {} if self.stream is None else {"stream": self.stream}
         rows = {} if self.rows is None else {"rows": self.rows}
-        note = {"view": self.view, "fingerprint": self.fingerprint, "sources": sources, **stream, **rows}
+        note = {"view": self.view, "fingerprint": self.fingerprint, "declared": self.declared, **stream, **rows}
         return json.dumps(note, indent=2) + "\n"
 
     @classmethod
     def of_text(cls, text: bytes) -> Owner:
-        """The owner of `to_text`."""
+        """The owner of `to_text`.  An earlier version wrote the columns that it checked instead of declared ones."""
         note: Head = parse_object(text)
-        sources = {
-            name: CheckedColumns(tuple(each["columns"]), tuple(each["repeats_by"]))
-            for name, each in note["sources"].items()
-        }
         rows = note.get("rows")
         digests = None if rows is None else {str(name): str(each) for name, each in rows.items()}
-        return cls(note["view"], note["fingerprint"], sources, note.get("stream"), digests)
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckedColumns:
-    """The columns of a source whose values are checked, and those that identify repeated rows."""
-
-    columns: tuple[str, ...]
-    repeats_by: tuple[str, ...]
+        return cls(note["view"], note["fingerprint"], note.get("declared", {}), note.get("stream"), digests)
 
 
 def claim(
@@ -110,13 +95,14 @@ def claim(
         rows: of a replay, digests of what its messages hold, by source.
 
     Raises:
-        StoreError: the store belongs to another view, to a definition of the view that reads other columns, or to
-            another stream.  Nothing was written.
+        StoreError: the store belongs to another view or to another stream, or its rows do not have the columns that
+            this definition of the view reads.  Nothing was written.
     """
     mine = Owner.of(view, stream, rows)
     known = _read(store)
     if known is None:
         _check_tables(view, store)
+        _check_columns(view, store)
         if "://" not in store:
             os.makedirs(store, exist_ok=True)
             try:
@@ -126,9 +112,10 @@ def claim(
             except FileExistsError:  # another job started at the same time
                 known = _read(store) or mine
     if known is not None:
-        _check_note(view, store, mine, known)
+        _check_note(view, store, known)
         _check_stream(view, store, mine, known)
         _check_replayed(view, store, mine, known)
+        _check_columns(view, store)
         mine = mine.after(known)
     if mine != known:
         write_file_atomically(store, OWNER, pa.py_buffer(mine.to_text().encode()))
@@ -143,15 +130,28 @@ def _read(store: str) -> Owner | None:
         return Owner.of_text(read_regular(path))
 
 
-def _check_note(view: FeatureView, store: str, mine: Owner, known: Owner) -> None:
+def _check_note(view: FeatureView, store: str, known: Owner) -> None:
     if known.view != view.name:
         _refuse_view(view, store, known.view, FileSystems.join(store, OWNER))
-    for name, each in mine.sources.items():
-        before = known.sources.get(name, each)
-        if before == each:
+
+
+def _check_columns(view: FeatureView, store: str) -> None:
+    """Checks that the rows of the store have the columns that the view reads, of the declared types."""
+    for name, contract in contracts_of(view).items():
+        table = open_table(source_uri(sources_root(store), name))
+        if table is None:
             continue
-        other = sorted(set(each.columns) ^ set(before.columns)) or ["the columns that identify repeated rows"]
-        _refuse_rows(view, store, name, f"only one of the two reads {', '.join(other)}")
+        known = {field.name: field.type for field in table.schema().fields}
+        held = {*contract.columns, *(view.columns_held(name) if name in view.events else ())}
+        for field in delta_schema(accepted(view, name)).fields:
+            if field.name not in contract.source.schema:
+                continue
+            if field.name not in known:
+                if field.name in held:
+                    _refuse_rows(view, store, name, f"the rows do not have the column {field.name!r}")
+            elif field.type != known[field.name]:
+                types = f"{field.type} here and {known[field.name]} there"
+                _refuse_rows(view, store, name, f"column {field.name!r} is {types}")
 
 
 def _check_stream(view: FeatureView, store: str, mine: Owner, known: Owner) -> None:
@@ -169,7 +169,7 @@ def _check_stream(view: FeatureView, store: str, mine: Owner, known: Owner) -> N
 
 def _has_read(view: FeatureView, store: str) -> bool:
     """Whether the store has offsets of a topic."""
-    records = [source_record(store, name) for name in contracts_of(view)]
+    records = [source_record(store, name) for name in live_sources(view)]
     return any(of_topic(offsets) for each in records if each is not None for offsets in each.next.values())
 
 
@@ -201,36 +201,6 @@ def _check_tables(view: FeatureView, store: str) -> None:
             table is not None and table.transaction_version(application_of(f"{other}/letters")) is not None
         ):  # the table is not that of a model
             _refuse_view(view, store, other, live_dead_letters_uri(store, other))
-    if computed and open_table(features_live_uri(store, view.name, view.fingerprint)) is None:
-        _check_rows(view, store)
-
-
-def _check_rows(view: FeatureView, store: str) -> None:
-    """Checks that another definition of the view accepted the same rows as this one would accept."""
-    contracts = contracts_of(view)
-    table = open_table(live_dead_letters_uri(store, view.name))
-    for file in [] if table is None else data_files(table):
-        rejected = pl.DataFrame(pl.from_arrow(read_file(file, ["source", "partition", "place", "field"])))
-        rejected = rejected.filter(pl.col("partition") >= 0, pl.col("place") >= 0)
-        for name, field in rejected.select("source", "field").unique().sort("source", "field").iter_rows():
-            known = [*contracts[name].columns, str(contracts[name].source.event_time)] if name in contracts else []
-            if known and field and not set(field.split(", ")) & set(known):
-                _refuse_rows(
-                    view, store, name, f"rows were dead letters for their {field!r}, which this view does not read"
-                )
-    for name, contract in contracts.items():
-        table = open_table(source_uri(sources_root(store), name))
-        if table is None:
-            continue
-        columns = {field.name for field in table.schema().fields}
-        if ("__counted" in columns) != bool(repeats_by(view, name)):
-            _refuse_rows(view, store, name, "only one of the two drops repeated rows")
-        for file in data_files(table):
-            rows = pl.DataFrame(pl.from_arrow(read_file(file, list(contract.columns))))
-            _, bad = check_rows(contract, rows.select(contract.columns))
-            if len(bad):
-                value = f"an accepted row breaks this view's rule: {bad['field'][0]}, {bad['rule'][0]}"
-                _refuse_rows(view, store, name, value)
 
 
 def _refuse_view(view: FeatureView, store: str, other: str, where: str) -> None:
@@ -243,8 +213,8 @@ def _refuse_view(view: FeatureView, store: str, other: str, where: str) -> None:
 
 def _refuse_rows(view: FeatureView, store: str, source: str, value: str) -> None:
     raise StoreError(
-        "A definition continues with the live rows of a store only if it accepts the same rows as the definition that "
-        f"wrote them: view {view.name!r}, source {source!r}",
-        f"{value}, in {store}",
+        "A definition continues with the live rows of a store only if they have its columns: "
+        f"view {view.name!r}, source {source!r}",
+        f"{value}, in {source_uri(sources_root(store), source)}",
         _FIX,
     )

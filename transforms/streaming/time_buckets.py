@@ -12,15 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from transforms.features.packed_events import SMALL, DistinctKeys, IndexedRows
+from transforms.records.arrays import Ints, UInt64s
 from transforms.records.columns import moments_of
-from transforms.records.row_hashing import UInt64s
 from transforms.records.times import ALWAYS, FOREVER
 
-Ints = npt.NDArray[np.int64]
 # A bucket and some of its rows.
 Piece = tuple[int, pl.DataFrame]
 

@@ -10,19 +10,17 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from schemas.errors import ContractError
 from schemas.sources import Source
 from schemas.views import FeatureView
+from transforms.records.arrays import Bools, Ints
 from transforms.sources.contracts import READ_ERRORS, Contract, check_rows, not_whole
 from transforms.sources.conversions import with_problems
 from transforms.sources.data_files import DataFile, open_file, stamp_of
 from transforms.sources.slices import Slice
 
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 # Rows of a source in memory before they are reduced to those that are needed.
 PIECE = 500_000
 # Most rows that are kept of one source; a sample whose windows contain more is made smaller.
