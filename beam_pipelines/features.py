@@ -23,12 +23,13 @@ from beam_pipelines.runtime.run_report import Run, execute, log, read_json, writ
 from beam_pipelines.runtime.trained_models import models_trained_on
 from transforms.features.history_snapshots import HistorySnapshots
 from transforms.features.manifest_store import WriteManifest
-from transforms.features.preparation import PreparedRun, prepare_features
+from transforms.features.preparation import PreparedRun, computed_together, prepare_features
+from transforms.features.shared_blocks import SharedFeatures, ViewPart
 from transforms.features.trailing_features import TrailingFeatures
 from transforms.records.times import day_of
 from transforms.sources.dead_letters import DEAD_LETTERS, UNDATED
 from transforms.sources.listing import require_unchanged
-from transforms.sources.tallies import SourceTally, add_tallies, require_conserved
+from transforms.sources.tallies import SourceTally, add_tallies, require_conserved, rows_loaded
 from transforms.storage.date_spans import partition_days
 from transforms.storage.delta_tables import (
     CommitTarget,
@@ -123,31 +124,60 @@ class Computed:
 
 def build(pipeline: beam.Pipeline, options: FeaturesOptions, work: PreparedRun) -> None:
     """Builds the graph: blocks → features, dead letters and tallies → files → one commit each."""
+    publish(pipeline, options, work, compute(pipeline, options, work))
+
+
+def build_together(pipeline: beam.Pipeline, works: Sequence[tuple[FeaturesOptions, PreparedRun]]) -> None:
+    """Builds the graph of several views that are computed together; the labels of a view's steps begin with its name.
+
+    Args:
+        works: views with their prepared runs, as `computed_together` groups them.
+    """
+    parts = tuple(ViewPart(options.view, work.required_plan, work.copies) for options, work in works)
+    blocks = pipeline | "Blocks" >> beam.Create(list(zip(*(part.plan.blocks for part in parts), strict=True)))
+    computed = blocks | "Features" >> SharedFeatures(parts)
+    for (options, work), outputs in zip(works, computed, strict=True):
+        publish(pipeline, options, work, Computed(*outputs), f"{options.view.name}: ")
+
+
+def publish(
+    pipeline: beam.Pipeline, options: FeaturesOptions, work: PreparedRun, computed: Computed, label: str = ""
+) -> None:
+    """Adds the steps from feature rows to the commit.
+
+    Args:
+        label: the beginning of the steps' labels.
+    """
     view, targets = options.view, Targets.of(options, work)
-    computed = compute(pipeline, options, work)
-    tallied = AsSingleton(computed.tallies | "Tally" >> beam.CombineGlobally(add_tallies))
+    tallied = AsSingleton(computed.tallies | f"{label}Tally" >> beam.CombineGlobally(add_tallies))
     write = WriteFiles(targets.features.uri, targets.features.run_id, days=targets.features.days)
-    files = computed.features | "Write" >> write
-    counted = files | "Conserve" >> beam.Map(require_conserved, tallied, view.spine.name)
-    verified = AsSingleton(counted | "Verify" >> beam.Map(verify_written, verification(options, work)))
-    counted = counted | "AfterVerify" >> beam.Map(first_of, verified)
-    carried = pipeline | "Carried" >> beam.Create([work.carried.batch] if len(work.carried.rows) else [])
+    files = computed.features | f"{label}Write" >> write
+    counted = files | f"{label}Conserve" >> beam.Map(require_conserved, tallied, view.spine.name)
+    verified = AsSingleton(counted | f"{label}Verify" >> beam.Map(verify_written, verification(options, work)))
+    counted = counted | f"{label}AfterVerify" >> beam.Map(first_of, verified)
+    carried = pipeline | f"{label}Carried" >> beam.Create([work.carried.batch] if len(work.carried.rows) else [])
     carried.element_type = pa.RecordBatch
-    dead_letters = (computed.dead_letters, carried) | "WithCarried" >> beam.Flatten()
-    rejected = AsSingleton(dead_letters | "DeadLetters" >> WriteTable(targets.dead_letters))
+    dead_letters = (computed.dead_letters, carried) | f"{label}WithCarried" >> beam.Flatten()
+    rejected = AsSingleton(dead_letters | f"{label}DeadLetters" >> WriteTable(targets.dead_letters))
     # Dead letters are committed first: a run that is killed in between is repeated, but dates that were committed
     # would not be computed again for their dead letters.
-    counted = counted | "AfterLetters" >> beam.Map(first_of, rejected)
-    counted = counted | "SourcesUnchanged" >> beam.Map(require_unchanged, work.required_inventory.listings)
+    counted = counted | f"{label}AfterLetters" >> beam.Map(first_of, rejected)
+    counted = counted | f"{label}SourcesUnchanged" >> beam.Map(require_unchanged, work.required_inventory.listings)
     sides, manifest = (tallied, *computed.history), targets.manifest
     if options.rules is None:
-        committed = counted | "Commit" >> CommitFiles(targets.features, manifest, sides)
+        committed = counted | f"{label}Commit" >> CommitFiles(targets.features, manifest, sides)
     else:
-        statistics = computed.features | "Statistics" >> Statistics(view_columns(view))
-        checked = AsSingleton(statistics | "Validate" >> Validate(publish_check(options, work), tallied, rejected))
-        committed = counted | "Commit" >> CommitFiles(targets.features, AlsoChecked(manifest), (*sides, checked))
+        statistics = computed.features | f"{label}Statistics" >> Statistics(view_columns(view))
+        checked = AsSingleton(
+            statistics | f"{label}Validate" >> Validate(publish_check(options, work), tallied, rejected)
+        )
+        committed = counted | f"{label}Commit" >> CommitFiles(
+            targets.features, AlsoChecked(manifest), (*sides, checked)
+        )
     carried_rows = len(work.carried.rows)
-    _ = committed | "Account" >> beam.Map(write_account, tallied, rejected, verified, options.account, carried_rows)
+    _ = committed | f"{label}Account" >> beam.Map(
+        write_account, tallied, rejected, verified, options.account, carried_rows
+    )
 
 
 def compute(pipeline: beam.Pipeline, options: FeaturesOptions, work: PreparedRun) -> Computed:
@@ -219,6 +249,7 @@ def write_account(
             "rows_out": committed.rows,
             "set_aside": rejected.rows - carried,
             "sources": {name: tally.counts for name, tally in tallies.items()},
+            "rows_read": rows_loaded(tallies),
             "files": committed.files,
             "dates": len(committed.dates),
             "commit_version": committed.version,
@@ -237,41 +268,59 @@ def main(argv: Sequence[str]) -> int:
     with Run("features", one.run_id, one.folder) as run:
         run.where = one.table if len(every) == 1 else f"views {', '.join(each.view.name for each in every)}"
         log.info("listing the sources under %s", one.sources)
-        found = [(options.view.name, compute_view(run, options)) for options in every]
-        if len(found) == 1:
-            run.update(found[0][1])
+        figures: dict[str, dict[str, object]] = {}
+        for group in computed_together([(options, prepare_view(options)) for options in every]):
+            figures |= compute_views(run, group)
+        if len(every) == 1:
+            run.update(figures[one.view.name])
         else:
             for name in ("rows_in", "rows_out", "set_aside", "dates"):
-                run[name] = sum(int(str(figures[name])) for _, figures in found)
-            run["views"] = dict(found)
+                run[name] = sum(int(str(each[name])) for each in figures.values())
+            run["views"] = {options.view.name: figures[options.view.name] for options in every}
     return 0
 
 
-def compute_view(run: Run, options: FeaturesOptions) -> dict[str, object]:
-    """Computes the features of one view, if there is anything to compute, and returns their figures."""
-    run.where = options.table
-    figures: dict[str, object] = {}
+def prepare_view(options: FeaturesOptions) -> PreparedRun:
+    """Decides what to compute of one view, and warns of what was found."""
     work = prepare(options)
     if work.base is not None and (lost := lost_commit(options.table, work.base)):
         log.warning("the log of %s has lost its newest commits: %s", options.table, lost)
     for note in work.stale.notes:
         log.warning(note)
-    if work.outdated:
-        figures |= warn_of_outdated_models(options, work)
+    return work
+
+
+def compute_views(run: Run, works: Sequence[tuple[FeaturesOptions, PreparedRun]]) -> dict[str, dict[str, object]]:
+    """Computes the features of views in one pipeline, if there is anything to compute, and returns their figures."""
+    run.where = ", ".join(options.table for options, _ in works)
+    found = {
+        options.view.name: warn_of_outdated_models(options, work) if work.outdated else {} for options, work in works
+    }
+    options, work = works[0]
     if work.plan is None:
         commit_carried(options, work)
-        figures |= nothing_to_do(work)
+        found[options.view.name] |= nothing_to_do(work)
     else:
         run.where += f", dates {day_of(work.plan.start)} to {day_of(work.plan.end - 1)}"
+        if len(works) > 1:
+            log.info("computed together: %s", ", ".join(each.view.name for each, _ in works))
         for line in prepared_lines(options.view, work):
             log.info(line)
         pipeline = batch_pipeline(options.beam_args)
-        build(pipeline, options, work)
+        if len(works) == 1:
+            build(pipeline, options, work)
+        else:
+            build_together(pipeline, works)
         execute(pipeline)
-        figures |= read_json(options.account)
-    table = open_table(options.table)
-    rows = 0 if table is None else sum(file.rows for file in data_files(table))
-    return {**figures, "table": options.table, "table_rows": rows, "fingerprint": options.view.fingerprint}
+        for each, _ in works:
+            found[each.view.name] |= read_json(each.account)
+    for each, _ in works:
+        table = open_table(each.table)
+        rows = 0 if table is None else sum(file.rows for file in data_files(table))
+        found[each.view.name] |= {"table": each.table, "table_rows": rows, "fingerprint": each.view.fingerprint}
+        if len(works) > 1:
+            found[each.view.name]["computed_with"] = [other.view.name for other, _ in works if other is not each]
+    return found
 
 
 def commit_carried(options: FeaturesOptions, work: PreparedRun) -> None:

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
         amplification,
         events_reached,
     )
-    from transforms.features.preparation import FeaturesRequest, PreparedRun, prepare_features
+    from transforms.features.preparation import FeaturesRequest, PreparedRun, computed_together, prepare_features
+    from transforms.features.shared_blocks import SharedFeatures, ViewPart
     from transforms.features.source_digests import DIGESTED, REPEATS
     from transforms.features.trailing_features import TrailingFeatures
     from transforms.features.window_bounds import is_sorted

@@ -64,12 +64,14 @@ class KernelTables:
         summaries: summaries of the events before those in `rows`, or of events that all windows of one length contain.
         columns: feature columns that were computed elsewhere, in the order of the spine rows.
         packed: sources whose events are packed instead, with indexes per key.
+        histories: histories by group, kept for other views that are computed from the same rows and spine rows.
     """
 
     rows: Mapping[str, pl.DataFrame]
     summaries: Mapping[HistoryKey, Summary] = dataclasses.field(default_factory=dict)
     columns: Mapping[str, pl.Series] = dataclasses.field(default_factory=dict)
     packed: Mapping[str, PackedEvents] = dataclasses.field(default_factory=dict)
+    histories: Once | None = None
 
     def rows_read(self, source: str, spine_rows: int) -> int:
         """How many rows of a source are read for so many spine rows: none of a key's own if these are few."""
@@ -167,9 +169,15 @@ def feature_columns(
     found_events = _FoundEvents(view, frame, tables, groups)
 
     def history_of(key: GroupKey, group: Sequence[SourceFeature]) -> History | None:
-        first = group[0]
-        if isinstance(first, Lookup):
+        if isinstance(group[0], Lookup):
             return None
+        if tables.histories is None or any(column in view.columns for column in _spine_columns(key)):
+            return made(key, group)
+        return tables.histories.get(key, lambda: made(key, group))
+
+    def made(key: GroupKey, group: Sequence[SourceFeature]) -> History:
+        first = group[0]
+        assert not isinstance(first, Lookup)
         summary = tables.summaries.get(key.history)
         packed = tables.packed.get(key.source)
         if packed is not None and len(frame) <= FOUND_BY_KEY:

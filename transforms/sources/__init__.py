@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         ReadOptions,
         RepeatedKeys,
         SourceRows,
+        UncheckedRows,
         locate_rows,
         read_raw,
         read_slices,
@@ -63,7 +64,14 @@ if TYPE_CHECKING:
     )
     from transforms.sources.repeats import NEVER_REPEATED, KnownOrder
     from transforms.sources.slices import Slice, Slices
-    from transforms.sources.tallies import AS_EVENTS, SourceTally, add_tallies, digests_read, require_conserved
+    from transforms.sources.tallies import (
+        AS_EVENTS,
+        SourceTally,
+        add_tallies,
+        digests_read,
+        require_conserved,
+        rows_loaded,
+    )
     from transforms.sources.text_rewriting import rewrite_text
 
 import_when_used(__name__)

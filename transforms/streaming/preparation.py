@@ -187,6 +187,7 @@ class LiveFeaturesFigures:
         counts: counts of rows by source and by what became of them.
         rows_out: number of rows of the live feature table.
         commit_version: version of that table; None if there is none.
+        recounted: of a store from which rows were erased, what `unaccounted` is by its tables.
     """
 
     job: LiveFeaturesJob
@@ -194,10 +195,13 @@ class LiveFeaturesFigures:
     counts: Mapping[str, Mapping[str, int]]
     rows_out: int
     commit_version: int | None
+    recounted: int | None = None
 
     @property
     def unaccounted(self) -> int:
         """Number of accepted spine rows that have no feature row, are not rejected and are not pending."""
+        if self.recounted is not None:
+            return self.recounted
         counts = self.counts[self.job.view.spine.name]
         rejected = sum(counts.get(reason, 0) for reason in (REJECTED, "repeated", "conflicting", "too_late"))
         return counts["rows"] - self.rows_out - rejected - (0 if self.record is None else self.record.pending)

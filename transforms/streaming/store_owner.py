@@ -156,7 +156,7 @@ def _check_columns(view: FeatureView, store: str) -> None:
 
 def _check_stream(view: FeatureView, store: str, mine: Owner, known: Owner) -> None:
     before, now = known.stream, mine.stream
-    if before is None or now is None or before == now or not _has_read(view, store):
+    if before is None or now is None or before == now or not has_read(view, store):
         return
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     shown = ["; ".join(f"{name} {each.get(name) or 'none'}" for name in names) for each in (before, now)]
@@ -167,7 +167,7 @@ def _check_stream(view: FeatureView, store: str, mine: Owner, known: Owner) -> N
     )
 
 
-def _has_read(view: FeatureView, store: str) -> bool:
+def has_read(view: FeatureView, store: str) -> bool:
     """Whether the store has offsets of a topic."""
     records = [source_record(store, name) for name in live_sources(view)]
     return any(of_topic(offsets) for each in records if each is not None for offsets in each.next.values())
@@ -175,7 +175,7 @@ def _has_read(view: FeatureView, store: str) -> bool:
 
 def _check_replayed(view: FeatureView, store: str, mine: Owner, known: Owner) -> None:
     """Checks that the files of a replay hold the messages that the store has read, whenever they were written."""
-    if known.rows is None or mine.rows is None or not _has_read(view, store):
+    if known.rows is None or mine.rows is None or not has_read(view, store):
         return
     changed = sorted(name for name, digest in mine.rows.items() if known.rows.get(name, digest) != digest)
     if changed:
