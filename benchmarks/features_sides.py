@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from benchmarks.measure import Figures
-    from transforms.sources.inventory import Slice
+    from transforms.sources.slices import Slice
 
 HOURS = {"1h": 3600, "3h": 3 * 3600, "24h": 24 * 3600}
 

@@ -368,7 +368,13 @@ class Lookup:
 
     def meaning(self, name: str) -> dict[str, object]:
         column = next(column for column, renamed in self.renamed.items() if renamed == name)
-        return {"lookup": column, "source": self.source.name, "keys": self.keys, "types": _types(self, [column])}
+        return {
+            "lookup": column,
+            "source": self.source.name,
+            "keys": self.keys,
+            "types": _types(self, [column]),
+            **_reading(self.source),
+        }
 
     def chooses(self, known: Iterable[str] = ()) -> bool:
         """Whether a value depends on which of several rows of a key with equal `known` columns is taken."""
@@ -478,7 +484,13 @@ def _events_meaning(feature: Trailing | Latest, used: list[str], ordered: bool) 
         "not_before": str(instant(source.not_before)),
         "unique": source.unique,
         "order": source.order if ordered else None,
+        **_reading(source),
     }
+
+
+def _reading(source: Source) -> dict[str, object]:
+    """How the rows of a source are read, where the definition says so."""
+    return {"reading": source.reading} if source.reading else {}
 
 
 def breaks_ties(feature: Trailing | Latest, used: Sequence[str], ordered: bool, known: Iterable[str] = ()) -> bool:

@@ -437,6 +437,7 @@ class Model:
             "label_within": microseconds(label.within),
             "label_within_shown": label.within,
             "label_absent": label.absent,
+            **({"label_reading": label.source.reading} if label.source.reading else {}),
         }
 
     @property

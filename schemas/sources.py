@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import zoneinfo
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 import polars as pl
 
+from schemas.arithmetic import in_64_bits
 from schemas.durations import instant, microseconds
 from schemas.errors import DefinitionError, listed, nearest
+from schemas.expressions import canonical, columns_of, dtype_of, require_row_local
 from schemas.places import built_at
 
 TIME = pl.Datetime("us", "UTC")
 _SIMPLE = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.Float32, pl.Float64, pl.String, pl.Boolean, pl.Date)
 # Names of columns that Millrace adds to a view's own.
 RESERVED = ("date", "row_id")
+# Units of times that are numbers: how many µs one of them has, as a fraction.
+UNITS = {"s": (1_000_000, 1), "ms": (1_000, 1), "us": (1, 1), "ns": (1, 1_000)}
 
 
 def names(
@@ -66,6 +71,11 @@ class Source:
         idle: after this long without a row, a live partition no longer holds the watermark back.
         order: columns that order rows with the same time; by default all columns, so that no feature depends on the
             order of arrival.
+        path: the folder or file of its rows in batch, absolute or within the folder of the sources; by default its
+            name.  Several sources may have one path.
+        zone: the time zone of times that do not name one, such as `"Europe/Berlin"`.  Without it they are refused.
+        unit: of times that are numbers: `"s"`, `"ms"`, `"us"` or `"ns"` since 1970.  Without it they are refused.
+        where: condition on a row; rows for which it is not true are no rows of the source.
     """
 
     name: str
@@ -78,6 +88,10 @@ class Source:
     not_before: str | datetime = "1990-01-01"
     unique: str | tuple[str, ...] | None = None
     order: str | tuple[str, ...] | None = None
+    path: str | None = None
+    zone: str | None = None
+    unit: str | None = None
+    where: pl.Expr | None = None
     place: str = dataclasses.field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -128,6 +142,51 @@ class Source:
                 )
             object.__setattr__(self, field, names(value, f"{what}: {field}"))
             self.require(getattr(self, field), field)
+        self._check_reading(what)
+
+    def _check_reading(self, what: str) -> None:
+        """Where rows are and how they are read."""
+        if self.path is not None and (not isinstance(self.path, str) or not self.path.strip("/") or "\0" in self.path):
+            raise DefinitionError(
+                f"{what}: path is a folder or a file",
+                repr(self.path),
+                'Write it like "orders/2024" or "/data/orders.csv"',
+            )
+        if self.zone is not None and not _is_zone(self.zone):
+            raise DefinitionError(
+                f"{what}: zone is a time zone of the IANA database",
+                repr(self.zone),
+                'Write it like "UTC", "Europe/Berlin" or "America/New_York"',
+            )
+        if self.unit is not None and self.unit not in UNITS:
+            raise DefinitionError(
+                f"{what}: unit is that of times which are numbers", repr(self.unit), f"Write one of {', '.join(UNITS)}"
+            )
+        if self.where is not None:
+            require_row_local(self.where, f"{what}: where")
+            if dtype_of(self.where, self.schema, f"{what}: where") != pl.Boolean:
+                raise DefinitionError(
+                    f"{what}: where is a condition", str(self.where), 'Compare with something: pl.col("kind") == "sale"'
+                )
+
+    @functools.cached_property
+    def columns_of_where(self) -> tuple[str, ...]:
+        """The columns that `where` reads, in declared order."""
+        read = set() if self.where is None else {*columns_of(self.where)}
+        return tuple(name for name in self.schema if name in read)
+
+    @functools.cached_property
+    def condition(self) -> pl.Expr | None:
+        """`where` as it is computed: in 64 bits."""
+        return None if self.where is None else in_64_bits(self.where, self.schema).expr
+
+    @functools.cached_property
+    def reading(self) -> dict[str, object]:
+        """What of `where`, `zone` and `unit` is set, as JSON; it decides what the rows of the source are."""
+        found: dict[str, object] = {"zone": self.zone, "unit": self.unit}
+        if self.where is not None:
+            found["where"] = [canonical(self.where), {name: str(self.schema[name]) for name in self.columns_of_where}]
+        return {name: value for name, value in found.items() if value is not None}
 
     @functools.cached_property
     def schema(self) -> dict[str, pl.DataType]:
@@ -157,6 +216,18 @@ class Source:
                 f"there is no {', '.join(map(repr, unknown))}",
                 " ".join(dict.fromkeys(nearest(column, self.schema) for column in unknown)),
             )
+
+
+def _is_zone(name: object) -> bool:
+    """Whether Polars and the system's database both know the zone, which have to read the same times alike."""
+    if not isinstance(name, str):
+        return False
+    try:
+        zoneinfo.ZoneInfo(name)
+        pl.Series([0]).cast(pl.Datetime("us")).dt.replace_time_zone(name)
+    except (KeyError, OSError, ValueError, pl.exceptions.PolarsError):  # OSError: the name of a folder
+        return False
+    return True
 
 
 def _column(source: str, column: object) -> None:

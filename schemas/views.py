@@ -217,7 +217,7 @@ class FeatureView:
     def columns_read(self, source: str) -> list[str]:
         """Columns of `source` that some feature needs, in declared order.  A row is checked by these columns."""
         declared = self.sources[source]
-        read: set[str] = {*(declared.unique or ()), *(declared.order or ())}
+        read: set[str] = {*(declared.unique or ()), *(declared.order or ()), *declared.columns_of_where}
         for feature in self.features:
             if isinstance(feature, Derived) or feature.source.name != source:
                 continue
@@ -306,6 +306,8 @@ class FeatureView:
                     else [spine for spine, _ in feature.keys]
                 )
                 meaning["uses"] = {column: digests.get(column, str(self.spine.schema.get(column))) for column in above}
+                if self.spine.reading:
+                    meaning["spine"] = self.spine.reading
                 digests[name] = _digest(meaning)
         return digests
 
@@ -323,6 +325,7 @@ class FeatureView:
                 "features": list(self.meanings.items()),
                 "kernel": KERNEL_VERSION,
                 **({"ties": self._ties} if self._ties else {}),
+                **({"reading": self.spine.reading} if self.spine.reading else {}),
             }
         )
 

@@ -23,8 +23,10 @@ from transforms.lineage.feature_parity import Parity, check_parity
 from transforms.lineage.prediction_parity import Rescored, rescore
 from transforms.models.registry import registry_uri
 from transforms.records.value_text import format_value
+from transforms.sources.formats import SUFFIXES
 from transforms.storage.delta_tables import open_table
 from transforms.storage.file_systems import FileSystems
+from transforms.storage.paths import place_of
 
 NO_BATCH = {
     "batch": None,
@@ -142,11 +144,13 @@ def _last_sources(store: str) -> str | None:
 
 
 def _has_sources(view: FeatureView, root: str) -> bool:
-    patterns = [
-        FileSystems.join(root, name) + end for name in (view.spine.name, *view.events) for end in ("/**", ".parquet")
-    ]
-    found = [match.metadata_list for match in FileSystems.match(patterns)]
-    return all(one or other for one, other in zip(found[::2], found[1::2], strict=True))
+    for source in (view.spine, *view.events.values()):
+        place = place_of(root, source)
+        named = [place] if source.path is not None else []
+        patterns = [f"{place}/**", *named, *(place + suffix for suffix in SUFFIXES)]
+        if not any(match.metadata_list for match in FileSystems.match(patterns)):
+            return False
+    return True
 
 
 def example(view: FeatureView, difference: Mapping[str, object]) -> str:

@@ -13,7 +13,7 @@ from transforms.features.plan import MOST_BLOCKS, Block, FeaturePlan, amplificat
 from transforms.features.preparation import PreparedRun
 from transforms.features.source_digests import DIGESTED, REPEATS
 from transforms.records.times import ALWAYS, day_of
-from transforms.sources.inventory import Slice
+from transforms.sources.slices import Slice
 
 
 def prepared_lines(view: FeatureView, work: PreparedRun) -> Iterator[str]:

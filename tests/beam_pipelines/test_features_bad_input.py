@@ -162,9 +162,9 @@ def retyped(store: Path, source: str, number: int, **columns: pl.Expr) -> Path:
     ("source", "column", "change", "types"),
     [
         ("sales", "price", pl.col("price").cast(pl.String), ("double", "large_string")),
-        ("sales", "sale", pl.col("sale").cast(pl.UInt64), ("int64", "uint64")),
+        ("sales", "sale", pl.col("sale").cast(pl.Boolean), ("int64", "bool")),
         ("visits", "asked", pl.col("asked").dt.replace_time_zone(None), ("timestamp[us, tz=UTC]", "timestamp[us]")),
-        ("shops", "area", pl.col("area").cast(pl.Float64), ("int32", "double")),
+        ("shops", "area", pl.col("area").cast(pl.Int64), ("int32", "int64")),
     ],
 )
 def test_a_column_whose_type_changes_between_files_is_refused_by_both(
@@ -452,7 +452,7 @@ def test_mistakes_end_with_a_message_an_exit_code_and_no_traceback(tmp_path: Pat
     (tmp_path / "blocked" / "dead_letters").write_text("in the way")
     cases += [
         (["--definition", good, "--store", str(tmp_path)], "declared column 'price'", 3),
-        (["--definition", good, "--store", str(tmp_path / "nowhere")], "must have Parquet files", 3),
+        (["--definition", good, "--store", str(tmp_path / "nowhere")], "must have files", 3),
         (["--definition", str(failing), "--store", str(tmp_path / "failing")], "must be computable for every row", 3),
         (["--definition", good, "--store", str(tmp_path / "blocked")], "can be", 4),
         (["--definition", "no_such_module", "--store", str(tmp_path)], "there is no module 'no_such_module'", 2),

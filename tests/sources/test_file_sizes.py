@@ -24,9 +24,11 @@ from tests.support.features_runs import feature_rows, run, same
 from tests.support.tables import figures_of
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import Contract
+from transforms.sources.data_files import READ_AT_ONCE, open_stamped, stamp_of
 from transforms.sources.day_digests import add_digests
-from transforms.sources.inventory import READ_AT_ONCE, Slices, open_stamped, stamp_of, survey_files
+from transforms.sources.inventory import survey_files
 from transforms.sources.reader import ReadOptions, read_slices, stream_slices
+from transforms.sources.slices import Slices
 
 ROOT = Path(__file__).parents[2]
 MEASURED = """

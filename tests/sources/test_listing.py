@@ -93,7 +93,7 @@ def socket_at(path: Path) -> None:
         (lambda folder: os.mkfifo(folder / "x.parquet"), ["x.parquet: a named pipe"]),
         (lambda folder: socket_at(folder / "x"), ["x: a socket"]),
         (lambda folder: (folder / "x.parquet").symlink_to("/dev/null"), ["a character device"]),
-        (lambda folder: (folder / "x.csv").write_text("id\n1\n"), ["x.csv: 5 bytes", "let its name begin with _"]),
+        (lambda folder: (folder / "x.txt").write_text("id\n1\n"), ["x.txt: 5 bytes", "let its name begin with _"]),
         (lambda folder: (folder / "x.parquet.gz").write_bytes(b""), ["x.parquet.gz: 0 bytes"]),
         (lambda folder: put(folder / "x", 1), ["x: ", "name it .parquet if it is Parquet"]),
         (lambda folder: put(folder / "x.parquet").write_bytes(b""), ["x.parquet", "complete Parquet"]),
@@ -251,4 +251,4 @@ def test_a_log_that_is_empty_or_broken_is_refused_and_its_files_are_not_read_as_
 
 def test_a_file_beside_a_delta_table_is_refused(folder: Path) -> None:
     put(delta(folder).parent / "sales.parquet", 3)
-    assert "must be either a Delta table or Parquet files" in refusal(folder)
+    assert "must be either a Delta table or files" in refusal(folder)

@@ -110,7 +110,7 @@ def test_objects_are_read_or_passed_over_as_files_are(folder: Path) -> None:
     assert listing.passed_over == (f"{FOLDER}/_draft",)
     found = survey_files("objects://lake/sources", Contract(EVENTS, ("at", "k")))
     assert read_slices(found.contract, found.slices).frame["k"].sort().to_list() == list(range(25))
-    (folder / "a.csv").write_text("at,k\n")
+    (folder / "a.txt").write_text("at,k\n")
     with pytest.raises(ContractError, match="a folder or a Parquet file"):
         list_files("events", FOLDER)
 

@@ -76,7 +76,7 @@ def test_a_dimension_that_never_could_be_read_is_refused(tmp_path: Path, shops: 
     with pytest.raises(ContractError, match="Parquet"):
         dimensions(tmp_path).refresh()
     broken(shops, "all gone")
-    with pytest.raises(DataError, match="must have Parquet files"):
+    with pytest.raises(DataError, match="must have files"):
         dimensions(tmp_path).refresh()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import Slice, survey_source
+from transforms.sources.inventory import survey_source
+from transforms.sources.slices import Slice
 
 
 def slices_of(root: str, contract: Contract, version: int | None = None) -> list[Slice]:

@@ -13,8 +13,8 @@ from transforms.features.plan import Block, FeaturePlan
 from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import add_digests
 from transforms.sources.dead_letters import concat_dead_letters
-from transforms.sources.inventory import Slice
 from transforms.sources.reader import ReadOptions, SourceRows, locate_rows, read_slices, stream_slices, without_repeats
+from transforms.sources.slices import Slice
 from transforms.sources.tallies import AS_EVENTS, SourceTally
 
 ONE_ROW = "one key has one row (the smallest was kept)"

@@ -26,8 +26,9 @@ from transforms.features.source_digests import Current
 from transforms.records.record_batches import batch
 from transforms.records.times import as_date, days_within, midnight
 from transforms.sources.dead_letters import DEAD_LETTERS, UNDATED, concat_dead_letters, dated_dead_letters
-from transforms.sources.inventory import Inventory, Slice
+from transforms.sources.inventory import Inventory
 from transforms.sources.reader import ReadOptions, locate_rows, stream_slices
+from transforms.sources.slices import Slice
 from transforms.storage.delta_tables import data_files, open_table, read_group
 
 
@@ -98,7 +99,7 @@ def _dead_letters_of(
 
 def _within(dead_letters: pl.DataFrame, view: FeatureView, slices: Mapping[str, set[Slice]]) -> pl.DataFrame:
     """Dead letters of rows in `slices`, and all those of dimensions."""
-    bounds = [(each.path, each.first, each.first + each.rows) for every in slices.values() for each in every]
+    bounds = [(each.path, each.first, each.end) for every in slices.values() for each in every]
     groups = pl.DataFrame(bounds, {"file": pl.String, "from": pl.Int64, "to": pl.Int64}, orient="row")
     inside = dead_letters.join(groups, on="file").filter(pl.col("row").is_between("from", "to", closed="left"))
     kept = inside.select("source", "file", "row").unique()

@@ -34,9 +34,13 @@ from transforms.features.source_digests import Current, digests_now, digests_wit
 from transforms.records.row_hashing import row_ids
 from transforms.records.times import as_date, as_number
 from transforms.sources.contracts import Contract
+from transforms.sources.conversions import problem_free, type_holds
+from transforms.sources.data_files import open_file, open_parquet
 from transforms.sources.day_digests import Digests
-from transforms.sources.inventory import Inventory, Slice, open_parquet
+from transforms.sources.formats import is_text
+from transforms.sources.inventory import Inventory
 from transforms.sources.reader import RepeatedKeys, read_raw
+from transforms.sources.slices import Slice
 from transforms.storage.delta_tables import DataFile, read_file
 
 log = logging.getLogger("millrace.features")
@@ -77,6 +81,7 @@ def _rules(source: Source, columns: Iterable[str], ordering: Sequence[str] = ())
         "not_before": str(instant(source.not_before)),
         "columns": [[name, str(source.schema[name])] for name in columns],
         **({"ordering": list(ordering)} if ordering else {}),
+        **({"reading": source.reading} if source.reading else {}),
     }
 
 
@@ -235,7 +240,7 @@ def _proof(
     now = _rules(contract.source, contract.read, contract.ordering)
     rules: Mapping[str, object] = before or {}
     if before is None or any(
-        rules[rule] != value for rule, value in now.items() if rule not in ("columns", "ordering")
+        rules.get(rule) != now.get(rule) for rule in {*rules, *now} - {"columns", "ordering", "key"}
     ):
         return _never, False
     exactly = before["columns"] == now["columns"]
@@ -298,7 +303,22 @@ def _alike(
     floats = [name for name in others if declared[name].is_float()]
     read = [name for name in others if declared[name] == pl.String or declared[name].is_temporal()]
     then = dataclasses.replace(contract, columns=checked, ordering=tuple(ordering))
-    return then if finite(slices, contract.source, floats) and keep_rules(contract, slices, read) else None
+    if not finite(slices, contract.source, floats) or not keep_rules(contract, slices, read):
+        return None
+    return then if all(map(_held_as_declared(contract, others), {each.path for each in slices})) else None
+
+
+def _held_as_declared(contract: Contract, columns: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a file has these columns in types of which every value is one of the declared type."""
+    declared = contract.source.schema
+
+    def held(path: str) -> bool:
+        if is_text(path):
+            return False
+        schema = open_file(path, contract.source).schema
+        return all(name not in schema.names or type_holds(declared[name], schema.field(name).type) for name in columns)
+
+    return held if columns else lambda _: True
 
 
 def keep_rules(contract: Contract, slices: Sequence[Slice], columns: Sequence[str]) -> bool:
@@ -306,15 +326,19 @@ def keep_rules(contract: Contract, slices: Sequence[Slice], columns: Sequence[st
     show this."""
     narrow = dataclasses.replace(contract, columns=tuple(columns), ordering=(), required=())
     broken = [condition for name, _, condition in narrow.rules if name in columns]
-    return not broken or all(
-        not read_raw(narrow, [each]).select(pl.any_horizontal(broken).any()).item() for each in slices
-    )
+    for each in slices if broken else ():
+        rows = read_raw(narrow, [each])
+        if not problem_free(rows) or rows.select(pl.any_horizontal(broken).any()).item():
+            return False
+    return True
 
 
 def finite(slices: Sequence[Slice], source: Source, columns: Sequence[str]) -> bool:
     """Whether the footers prove that these columns contain no infinity and nothing beyond float32."""
     groups: dict[str, list[int]] = {}
     for each in slices if columns else ():
+        if is_text(each.path):
+            return False
         groups.setdefault(each.path, []).append(each.group)
     for path, wanted in groups.items():
         meta = open_parquet(path, source).metadata

@@ -35,8 +35,8 @@ from transforms.features.lifetime_snapshots import (
 from transforms.features.lifetime_summaries import merge_summaries, summarise
 from transforms.features.plan import Block, FeaturePlan
 from transforms.sources.dead_letters import dead_letters_batch
-from transforms.sources.inventory import Slices
 from transforms.sources.reader import ReadOptions, read_slices
+from transforms.sources.slices import Slices
 from transforms.storage.file_systems import FileSystems
 
 

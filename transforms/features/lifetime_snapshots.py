@@ -20,8 +20,8 @@ from schemas.views import FeatureView, lifetime_sources
 from transforms.features.lifetime_summaries import Summary
 from transforms.features.plan import Block, FeaturePlan
 from transforms.records.times import ALWAYS, day_number, midnight
-from transforms.sources.inventory import Slices
 from transforms.sources.reader import READ_CHUNK_ROWS
+from transforms.sources.slices import Slices
 from transforms.storage.delta_tables import write_file_atomically
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.stored_json import explain_damage, read_regular, reason_of

@@ -29,6 +29,7 @@ class SourceDescription(TypedDict):
 
     Args:
         ordering: columns that are read only to choose between rows.
+        reading: `Source.reading`, if any.
     """
 
     name: str
@@ -39,6 +40,7 @@ class SourceDescription(TypedDict):
     not_before: str
     columns: list[list[str]]
     ordering: NotRequired[list[str]]
+    reading: NotRequired[dict[str, object]]
 
 
 class SpineDescription(SourceDescription):

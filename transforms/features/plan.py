@@ -18,8 +18,9 @@ from schemas.errors import DataError
 from schemas.views import FeatureView, lifetime_sources
 from transforms.records.times import ALWAYS, FOREVER, as_date, day_number, day_of, days_in, days_within, midnight
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import Inventory, Slice, Slices, take_inventory
+from transforms.sources.inventory import Inventory, take_inventory
 from transforms.sources.reader import repeats_of
+from transforms.sources.slices import Slice, Slices
 
 # Rows (spine and events) of one block: large enough for the kernel, small enough for memory.
 BLOCK_ROWS = 800_000

@@ -34,8 +34,8 @@ from transforms.features.trailing_features import side_outputs
 from transforms.features.window_statistics import Once
 from transforms.records.prefetch import PrefetchDoFn
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import Slices
 from transforms.sources.reader import ReadOptions, SourceRows, UncheckedRows, without_repeats
+from transforms.sources.slices import Slices
 
 log = logging.getLogger("millrace.features")
 

@@ -17,8 +17,8 @@ from transforms.records.prefetch import PrefetchDoFn
 from transforms.records.record_batches import from_ipc, to_ipc
 from transforms.sources.contracts import Contract
 from transforms.sources.dead_letters import SOURCE_DEAD_LETTERS, dead_letters_batch
-from transforms.sources.inventory import Slice
 from transforms.sources.reader import READ_CHUNK_ROWS, ReadOptions, SourceRows, stream_slices
+from transforms.sources.slices import Slice
 from transforms.sources.tallies import SourceTally
 
 SPINE = ""

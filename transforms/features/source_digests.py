@@ -18,8 +18,9 @@ from transforms.records.times import day_number, days_in, midnight
 from transforms.sources.contracts import Contract
 from transforms.sources.day_digests import Digests, add_digests
 from transforms.sources.dead_letters import concat_dead_letters
-from transforms.sources.inventory import Inventory, Slice
+from transforms.sources.inventory import Inventory
 from transforms.sources.reader import ReadOptions, RepeatedKeys, repeats_of, stream_slices
+from transforms.sources.slices import Slice
 
 _MASK = 2**64 - 1
 # The number of days back of a window over all history.

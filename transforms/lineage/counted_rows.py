@@ -31,6 +31,7 @@ from transforms.lineage.visible_rows import VisibleRows, gone_at, memory_of, rea
 from transforms.records.arrays import Bools, Ints
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import check_rows
+from transforms.sources.conversions import PROBLEM
 from transforms.sources.inventory import Inventory, take_inventory
 from transforms.sources.listing import require_unchanged
 from transforms.sources.reader import read_raw, repeats_of, without_repeats
@@ -121,7 +122,7 @@ class BatchSide:
         contract, slices = self.inventory.contract(name), self.inventory.slices[name]
         raw = read_raw(contract, slices)
         good, dead_letters = check_rows(contract, raw)
-        bad = raw[dead_letters["place"].to_numpy()]
+        bad = raw[dead_letters["place"].to_numpy()].drop(PROBLEM, strict=False)
         if name == self.view.spine.name:
             counted = distinct_by_key(good, (self.view.time, *self.view.key))[0]
         elif contract.source.time is None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -31,12 +32,16 @@ from transforms.records.arrays import Bools
 from transforms.records.record_batches import frame
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import open_parquet, source_files, survey_source
+from transforms.sources.conversions import Twice
+from transforms.sources.data_files import ParquetData, open_file, open_parquet
+from transforms.sources.formats import SUFFIXES, is_text
+from transforms.sources.inventory import source_files, spine_contract, survey_source
 from transforms.sources.repeats import KnownOrder
+from transforms.sources.text_rewriting import rewrite_text
 from transforms.storage.delta_log import logged_versions
 from transforms.storage.delta_tables import data_files, open_table, read_file, write_file_atomically
-from transforms.storage.paths import folders, source_uri, sources_root, table_path_in_store, tables_below
-from transforms.storage.rewriting import Matches, Revise, matching_rows, purge, rewrite_delta, write_without
+from transforms.storage.paths import folders, place_of, sources_root, table_path_in_store, tables_below
+from transforms.storage.rewriting import Matches, Revise, purge, rewrite_delta, write_without
 from transforms.storage.run_markers import MARKER
 from transforms.storage.stored_json import DAMAGE, explain_damage, parse_object, read_regular
 from transforms.storage.vacuum import TEMPORARY_FILE, files_below, tables_of
@@ -121,15 +126,48 @@ class SourceFiles:
     contract: Contract
 
     def matches(self, condition: Condition, group: pa.Table, path: str) -> Bools:
-        """Whether each row of a row group is to be erased."""
-        return condition.of(self.rows(group, path, condition.columns)).to_numpy()
+        """Whether each row of a row group is to be erased.  Rows that `where` of the source leaves out are not its."""
+        rows = self._cast(group, path, condition.columns)
+        hit, where = condition.of(rows), self.contract.source.condition
+        if where is not None and len(rows):
+            hit &= rows.select(pl.lit(True) & where.fill_null(False)).to_series()
+        return hit.to_numpy()
 
     def rows(self, group: pa.Table, path: str, columns: Sequence[str]) -> pl.DataFrame:
+        return self._cast(group, path, columns).select(columns)
+
+    def _cast(self, group: pa.Table, path: str, columns: Sequence[str]) -> pl.DataFrame:
         contract = dataclasses.replace(self.contract, columns=tuple(columns), ordering=())
         return contract.cast(group, path)
 
+    def groups(self, path: str) -> Iterator[pa.Table]:
+        """All columns of a file, part by part."""
+        return open_file(path, self.contract.source).groups()
+
+    def names(self, path: str) -> set[str]:
+        """The columns of a file, those that its path stands for among them."""
+        given = self.contract.given(path) if self.contract.partitions is None else self.contract.partitions.types
+        return {*open_file(path, self.contract.source).schema.names, *given}
+
     def open(self, path: str) -> pq.ParquetFile:
         return open_parquet(path, self.contract.source)
+
+    def erase(self, path: str, condition: Condition) -> int:
+        """Writes a file again without the rows to be erased, and returns how many there were."""
+        matches = functools.partial(self.matches, condition)
+        if not any(matches(group, path).any() for group in self.groups(path)):
+            return 0
+        if is_text(path):
+            return rewrite_text(path, self.contract.source, lambda group: matches(group, path))
+        return write_without(self.open(path), path, self._of_parquet(matches), path)[1]
+
+    def _of_parquet(self, matches: Matches) -> Matches:
+        """For row groups as they are in a file: times of its old type have no zone there."""
+
+        def found(group: pa.Table, path: str) -> Bools:
+            return matches(ParquetData(path, self.contract.source).zoned(group), path)
+
+        return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -162,19 +200,32 @@ class Erasure:
 
     @functools.cached_property
     def places(self) -> list[SourceFiles]:
-        """The locations of the source."""
-        found = []
-        for root in dict.fromkeys([*self.roots, sources_root(self.store)]):
-            folder = source_uri(root, self.source.name)
+        """Where the source lies."""
+        found: dict[str, SourceFiles] = {}
+        own = sources_root(self.store)
+        # Live jobs accept rows under the source's name, wherever it is for batch.
+        accepted = dataclasses.replace(self.source, path=None)
+        for root, source in [*((root, self.source) for root in (*self.roots, own)), (own, accepted)]:
+            folder = place_of(root, source)
             delta = bool(logged_versions(folder))
-            if not delta and not os.path.isdir(folder) and not os.path.isfile(f"{folder}.parquet"):
+            if folder in found or not (
+                delta or any(map(os.path.exists, (folder, *(folder + each for each in SUFFIXES))))
+            ):
                 continue
-            contract, _ = survey_source(root, Contract(self.source, tuple(self.condition.columns)))
-            found.append(SourceFiles(folder, delta, tuple(source_files(root, self.source)), contract))
+            contract, _ = survey_source(root, self._contract(source))
+            found[folder] = SourceFiles(folder, delta, tuple(source_files(root, source)), contract)
         if not found and not os.path.isdir(self._versions_folder):
             value = f"no folder {self.source.name!r} in {', '.join(self.roots)}"
             raise StoreError("The source must be in the store", value, "Name its folder with --sources")
-        return found
+        return list(found.values())
+
+    def _contract(self, source: Source) -> Contract:
+        """Reads local times that occur twice as the definition does."""
+        twice: Twice = "latest"
+        for view in self.views:
+            if source.name == view.spine.name:
+                twice = spine_contract(view).twice
+        return Contract(source, tuple(self.condition.columns), twice=twice)
 
     @functools.cached_property
     def erased(self) -> pl.DataFrame:
@@ -182,12 +233,9 @@ class Erasure:
         parts = []
         for place in self.places:
             for path in place.paths:
-                file = place.open(path)
-                given = {} if place.contract.partitions is None else place.contract.partitions.types
-                there = {*file.schema_arrow.names, *given}
+                there = place.names(path)
                 columns = [name for name in self.source.schema if name in there]
-                for number in range(file.num_row_groups):
-                    group = file.read_row_group(number)
+                for group in place.groups(path):
                     hit = place.matches(self.condition, group, path)
                     if hit.any():
                         parts.append(place.rows(group, path, columns).filter(pl.Series(hit)))
@@ -200,7 +248,7 @@ class Erasure:
         for place in self.places:
             matches = functools.partial(place.matches, self.condition)
             for path in place.paths:
-                if count := matching_rows(place.open(path), path, matches):
+                if count := sum(int(matches(group, path).sum()) for group in place.groups(path)):
                     counts[path] = count
         return counts
 
@@ -289,11 +337,9 @@ class Erasure:
         found = [pl.DataFrame(schema={name: ORIGIN_TYPES[name] for name in ORIGIN_COLUMNS})]
         for place in self.places if any(self.source.name == view.spine.name for view in self.views) else ():
             for path in place.paths:
-                file = place.open(path)
-                if not set(ORIGIN_COLUMNS) <= set(file.schema_arrow.names):
+                if not set(ORIGIN_COLUMNS) <= place.names(path):
                     continue
-                for number in range(file.num_row_groups):
-                    group = file.read_row_group(number)
+                for group in place.groups(path):
                     hit = pl.Series(place.matches(self.condition, group, path))
                     found.append(frame(group.select(ORIGIN_COLUMNS)).filter(hit).cast(found[0].schema))
         return pl.concat(found)
@@ -309,12 +355,12 @@ class Erasure:
         unique, found = list(self.source.unique or ()), [self.erased]
         for place in self.places if unique and {*unique} <= {*self.erased.columns} else ():
             for path in place.paths:
-                file = place.open(path)
-                if not {*ORIGIN_COLUMNS, *unique} <= set(file.schema_arrow.names):
+                there = place.names(path)
+                if not {*ORIGIN_COLUMNS, *unique} <= there:
                     continue
-                columns = [name for name in self.source.schema if name in file.schema_arrow.names]
-                for number in range(file.num_row_groups):
-                    rows = place.rows(file.read_row_group(number), path, columns)
+                columns = [name for name in self.source.schema if name in there]
+                for group in place.groups(path):
+                    rows = place.rows(group, path, columns)
                     found.append(rows.join(self.erased, on=unique, how="semi"))
         return pl.concat(found, how="diagonal").unique()
 
@@ -478,18 +524,20 @@ class Erasure:
         for place in self.places:
             if self.keep_sources and os.path.dirname(place.folder) != own.rstrip("/"):
                 continue
-            matches = functools.partial(place.matches, self.condition)
             if place.delta:
-                revise = self._recounted(place)
-                count += rewrite_delta(place.folder, matches, self.metadata, place.open, revise)
+                matches = functools.partial(place.matches, self.condition)
+                count += rewrite_delta(place.folder, matches, self.metadata, place.open, self._recounted(place))
                 purge(place.folder)
                 continue
-            for path in place.paths:
-                if matching_rows(place.open(path), path, matches):
-                    count += write_without(place.open(path), path, matches, path)[1]
-            for file in files_below(place.folder):
+            count += sum(place.erase(path, self.condition) for path in place.paths)
+            for file in files_below(place.folder) if os.path.isdir(place.folder) else ():
                 if TEMPORARY_FILE.fullmatch(os.path.basename(file.path)):
                     os.remove(file.path)
+            for path in place.paths:  # what an erasure that was interrupted has left beside the files
+                for left in glob.glob(
+                    os.path.join(glob.escape(os.path.dirname(path)), f".{glob.escape(os.path.basename(path))}.*")
+                ):
+                    os.remove(left)
         return count
 
     def _recounted(self, place: SourceFiles) -> Revise:
@@ -504,11 +552,9 @@ class Erasure:
             return lambda rows: rows
         order, found = known_order(view, name), list[pl.DataFrame]()
         for path in place.paths:
-            file = place.open(path)
-            if not {*ORIGIN_COLUMNS, "__counted", *order.unique} <= set(file.schema_arrow.names):
+            if not {*ORIGIN_COLUMNS, "__counted", *order.unique} <= place.names(path):
                 return lambda rows: rows  # no accepted rows
-            for number in range(file.num_row_groups):
-                group = file.read_row_group(number)
+            for group in place.groups(path):
                 columns = list(dict.fromkeys([*order.unique, order.time, *known_columns(view, name)]))
                 rows = place.rows(group, path, columns)
                 fates = frame(group.select([each for each in FATES if each in group.column_names]))
@@ -524,7 +570,7 @@ class Erasure:
             file.path
             for place in self.places
             if not place.delta
-            for file in files_below(place.folder)
+            for file in (files_below(place.folder) if os.path.isdir(place.folder) else ())
             if file.path not in place.paths
         )
 

@@ -14,7 +14,9 @@ from schemas.views import FeatureView, lifetime_sources, reached_from
 from transforms.features.manifest import MANIFEST_VERSION, Manifest
 from transforms.features.manifest_store import read_manifest
 from transforms.records.times import day_number
-from transforms.sources.inventory import stamp_of
+from transforms.sources.data_files import stamp_of
+from transforms.sources.formats import format_of, without_suffix
+from transforms.sources.listing import is_hidden
 from transforms.storage.delta_log import CommitInfo, commit_at, commits, file_actions
 from transforms.storage.delta_tables import DataFile, TableRow, data_files, dates_of, open_table, read_file, table_root
 from transforms.storage.feature_tables import open_feature_table
@@ -77,13 +79,13 @@ def _table(store: str, name: str) -> TableSummary:
 
 
 def _folders(store: str) -> list[TableSummary]:
-    """Sources that are folders of Parquet files, or one file."""
+    """Sources that are folders of files, or one file."""
     held: dict[str, list[tuple[int, datetime]]] = {}
     root = FileSystems.join(store, "sources")
     for file in files_below(root):
         parts = file.path[len(root) + 1 :].split("/")
-        if parts[-1].endswith(".parquet") and not any(part.startswith((".", "_")) for part in parts):
-            held.setdefault(parts[0].removesuffix(".parquet"), []).append((file.bytes, file.changed))
+        if format_of(parts[-1]) is not None and not any(map(is_hidden, parts)):
+            held.setdefault(without_suffix(parts[0]), []).append((file.bytes, file.changed))
     return [
         TableSummary(
             f"sources/{name}",

@@ -12,7 +12,26 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
-    from transforms.sources.contracts import IN_YEARS, Contract, all_in_years, check_rows, outside_years
+    from transforms.sources.contracts import (
+        IN_YEARS,
+        READ_ERRORS,
+        Contract,
+        all_in_years,
+        check_rows,
+        not_whole,
+        outside_years,
+    )
+    from transforms.sources.conversions import (
+        PROBLEM,
+        Reading,
+        Twice,
+        converted,
+        problem_free,
+        type_holds,
+        with_problems,
+        without_problems,
+    )
+    from transforms.sources.data_files import DataFile, ParquetData, open_file, open_parquet, stamp_of
     from transforms.sources.day_digests import Digests, add_digests
     from transforms.sources.dead_letters import (
         DEAD_LETTERS,
@@ -26,20 +45,18 @@ if TYPE_CHECKING:
         dead_letters_batch,
         message_dead_letters,
     )
+    from transforms.sources.formats import SUFFIXES, format_of, is_text, without_suffix
     from transforms.sources.inventory import (
+        HAS_FILES,
         Inventory,
-        Slice,
-        Slices,
-        open_parquet,
-        open_stamped,
         source_files,
-        stamp_of,
+        spine_contract,
         survey_files,
         survey_source,
         take_inventory,
         version_of,
     )
-    from transforms.sources.listing import Listing, require_unchanged
+    from transforms.sources.listing import Listing, is_hidden, require_unchanged
     from transforms.sources.reader import (
         READ_CHUNK_ROWS,
         ReadOptions,
@@ -54,6 +71,7 @@ if TYPE_CHECKING:
         without_repeats,
     )
     from transforms.sources.repeats import NEVER_REPEATED, KnownOrder
+    from transforms.sources.slices import Slice, Slices
     from transforms.sources.tallies import (
         AS_EVENTS,
         SourceTally,
@@ -62,5 +80,6 @@ if TYPE_CHECKING:
         require_conserved,
         rows_loaded,
     )
+    from transforms.sources.text_rewriting import rewrite_text
 
 import_when_used(__name__)

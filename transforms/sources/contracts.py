@@ -5,17 +5,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from urllib.parse import unquote
 
 import polars as pl
 import pyarrow as pa
 
 from schemas.durations import instant, microseconds
-from schemas.errors import ContractError, listed, nearest
-from schemas.sources import Source
+from schemas.errors import ContractError, nearest
+from schemas.sources import TIME, Source
 from transforms.records.columns import select, whole_numbers, with_columns
 from transforms.records.times import EPOCH, MICROSECOND
+from transforms.sources.conversions import (
+    PROBLEM,
+    LocalTimes,
+    Reading,
+    Twice,
+    converted,
+    local_times,
+    problem_free,
+    refusal,
+)
 from transforms.sources.dead_letters import ROW_DEAD_LETTERS
+from transforms.sources.formats import CSV, JSON, format_of
 
 # Polars prints times to the year 262 143.
 _PRINTED = 2**62
@@ -25,7 +37,6 @@ _NOT_UTF8 = "\U0010ffff"
 YEARS = (-62_135_596_800_000_000, 253_402_300_800_000_000)
 _YEARS_DAYS = tuple(each // 86_400_000_000 for each in YEARS)
 IN_YEARS = "a time is in the years 1 to 9999"
-_WIDTHS = {pl.Int8: 8, pl.Int16: 16, pl.Int32: 32, pl.Int64: 64}
 
 
 # What Arrow raises when it reads a file that is not Parquet, or whose footer is wrong.
@@ -35,8 +46,9 @@ READ_ERRORS = (OSError, pa.ArrowException, OverflowError, UnicodeDecodeError)
 def not_whole(source: Source, path: str, error: BaseException) -> ContractError:
     """The error for a file that cannot be read."""
     reason = (str(error).splitlines() or ["unreadable"])[0]
+    kind = {CSV: "CSV", JSON: "JSON lines"}.get(str(format_of(path)), "Parquet")
     return ContractError(
-        f"Source {source.name!r}: every file must be complete Parquet",
+        f"Source {source.name!r}: every file must be complete {kind}",
         f"{path}: {reason}",
         "Write the file again (aside, then rename), or remove it",
     )
@@ -69,6 +81,8 @@ class Contract:
         partitions: columns of a Delta table that its files may lack (see `inventory.survey`).
         ordering: further columns that are read only to put rows in order (see `FeatureView.columns_ordering`).
         time_only: whether rows are checked by their time alone, and not by what views need of them.
+        twice: which instant a local time is that occurs twice.  The later one for events, which are then not known too
+            early, and the earlier one for spine rows, which then see no more than they may.
     """
 
     source: Source
@@ -78,14 +92,25 @@ class Contract:
     partitions: Partitions | None = None
     ordering: tuple[str, ...] = ()
     time_only: bool = False
+    twice: Twice = "latest"
 
     @functools.cached_property
     def read(self) -> tuple[str, ...]:
-        """All columns that are read: in the order of `columns` if there is no `ordering`, otherwise as declared."""
-        if not self.ordering:
+        """All columns that are read, in the order of `columns` if there are no others, else as declared."""
+        wanted = {*self.columns, *self.ordering, *self.source.columns_of_where}
+        if len(wanted) == len(self.columns):
             return self.columns
-        wanted = {*self.columns, *self.ordering}
         return tuple(name for name in self.source.schema if name in wanted)
+
+    @functools.cached_property
+    def by_weight(self) -> tuple[str, ...]:
+        """`read`, first the columns that decide whether a row is the source's, then those by which it is checked."""
+        return tuple(dict.fromkeys([*self.source.columns_of_where, *self.columns, *self.read]))
+
+    @property
+    def reading(self) -> Reading:
+        """How times are read."""
+        return Reading(self.source.zone, self.source.unit, self.twice)
 
     @functools.cached_property
     def latest(self) -> int:
@@ -150,81 +175,247 @@ class Contract:
         return pl.any_horizontal(conditions or [pl.lit(False)]).alias("_")
 
     def cast(self, table: pa.Table, file: str) -> pl.DataFrame:
-        """The declared columns of a file's `table` in their declared types.
+        """The columns that are read of a file's `table` in their declared types, and `PROBLEM` if a value has one.
 
         Raises:
-            ContractError: a column is missing or of a type that does not hold the declared one.
+            ContractError: a column is missing or of a type that is not read as the declared one.
         """
         self.check(table.schema, file)
-        given = {} if self.partitions is None else self.partitions.values.get(file, {})
-        inside = [name for name in self.read if name not in given and name in table.schema.names]
+        given = self.given(file)
+        delta = {} if self.partitions is None else given  # elsewhere a file's own column counts
+        inside = [name for name in self.read if name not in delta and name in table.schema.names]
+        others = [name for name in self.read if name not in inside]
         try:
-            frame = readable(as_frame(table.select(inside)))
-            if len(inside) < len(self.read):
-                types = {name: self.source.schema[name] for name in self.read if name not in inside}
-                values = pl.DataFrame({name: [given.get(name)] for name in types}).cast(types)  # type: ignore[arg-type]
-                frame = pl.DataFrame(
-                    {
-                        name: frame[name] if name in inside else values[name].new_from_index(0, table.num_rows)
-                        for name in self.read
-                    }
-                )
-            return frame.cast({name: self.source.schema[name] for name in self.read})
+            columns = [*inside, *(name for name in PROBLEM if name in table.schema.names)]
+            frame = readable(as_frame(table.select(columns)))
+            values = [pl.Series(name, [given.get(name)]).new_from_index(0, table.num_rows) for name in others]
+            text = {*(inside if is_text(table.schema) else ()), *(others if self.partitions is None else ())}
+            return self.convert(pl.DataFrame([*frame.get_columns(), *values]), text)
         except (*READ_ERRORS, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise not_whole(self.source, file, error) from None
 
-    def check(self, schema: pa.Schema, file: str) -> None:
-        """Refuses a file whose columns do not have the declared types; columns that are not declared are ignored."""
-        what = f"Source {self.source.name!r}"
-        refused = [each for name in self.read if (each := self._refusal(schema, file, name))]
-        if len(refused) > 1:
-            raise ContractError(
-                f"{what}: every file must have the declared columns with their types and zones",
-                f"in {file}, {listed(value for value, _ in refused)}",
-                "Correct the file, or the declaration if it was wrong",
-            )
-        if refused:
-            raise refused[0][1]
+    def convert(self, frame: pl.DataFrame, text: Collection[str] = ()) -> pl.DataFrame:
+        """Columns as a file or message has them in their declared types, and `PROBLEM` if a value has one.
 
-    def _refusal(self, schema: pa.Schema, file: str, name: str) -> tuple[str, ContractError] | None:
-        """What is wrong with a declared column of a file, in short and as an error of its own; None if it is right."""
-        what = f"Source {self.source.name!r}"
-        given = {} if self.partitions is None else self.partitions.types
-        added = {} if self.partitions is None else self.partitions.columns
-        count = 0 if name in given else schema.names.count(name)
-        if count > 1:
-            return f"{name!r} occurs {count} times", ContractError(
-                f"{what}: a file must have each declared column once",
-                f"{file} has {count} columns {name!r}",
-                "Write the file again, with a name of its own for each column",
-            )
-        if name in given:
-            found = given[name]
-        elif count and (self.partitions is None or name in added):
-            found = schema.field(name).type
-        elif name in added:
-            found = added[name]
+        Args:
+            frame: all columns that are read, and perhaps `PROBLEM`.
+            text: columns of text that stand for values of other types, as in CSV.
+        """
+        return self.declared(frame, {name: self.source.schema[name] for name in self.read}, text)
+
+    def declared(
+        self, frame: pl.DataFrame, types: Mapping[str, pl.DataType], text: Collection[str] = ()
+    ) -> pl.DataFrame:
+        """`convert`, of the columns of `types` alone."""
+        weighty = {name: place for place, name in enumerate(self.by_weight) if name not in self.ordering}
+        weighty |= dict.fromkeys(self.source.columns_of_where, 0)
+        return converted(frame, types, self.reading, text, weighty)
+
+    def times(self, table: pa.Table, file: str) -> tuple[pl.Series, LocalTimes]:
+        """The times of a file's rows in µs and UTC, of `table` or as its path says, and a count of local ones."""
+        name = str(self.source.time)
+        if name in table.schema.names:
+            frame = readable(as_frame(table.select([name])))
         else:
-            where = f"{file} has {', '.join(schema.names)}"
-            if count:
-                where = f"{file} has it, but the newest version of its table does not"
-            return f"{name!r} is missing", ContractError(
-                f"{what}: every file must have the declared column {name!r}", where, nearest(name, schema.names)
-            )
+            frame = pl.DataFrame([pl.Series(name, [self.given(file).get(name)]).new_from_index(0, table.num_rows)])
+        text = {name} if is_text(table.schema) or self.partitions is None else set[str]()
+        local = local_times(frame[name], self.reading)
+        return converted(frame, {name: TIME}, self.reading, text)[name], local
+
+    def given(self, file: str) -> Mapping[str, object]:
+        """Values of columns that a file's path stands for: partitions of a Delta table, or as Hive names folders."""
+        if self.partitions is not None:
+            return self.partitions.values.get(file, {})
+        found = hive_values(file)
+        return {name: found[name] for name in self.read if name in found} if found else {}
+
+    def check(self, schema: pa.Schema, file: str) -> None:
+        """Refuses a file whose columns are not read as declared; columns not declared are ignored.
+
+        Raises:
+            ContractError: the first of its `mismatches`.
+        """
+        found = self.mismatches(schema, file)
+        if found:
+            raise found[0].error
+
+    def mismatches(self, schema: pa.Schema, file: str) -> list[Mismatch]:
+        """The declared columns that a file does not have, or in a type that is not read as the declared one."""
+        return [each for each in (self._mismatch(name, schema, file) for name in self.read) if each is not None]
+
+    def _mismatch(self, name: str, schema: pa.Schema, file: str) -> Mismatch | None:
         declared = self.source.schema[name]
-        if pa.types.is_timestamp(found) and found.tz is None and declared.is_temporal():
-            return f"{name!r} is {found} without a zone", ContractError(
-                f"{what}: a timestamp must have a time zone",
-                f"{name!r} is {found} in {file}",
-                "Write it with a zone: .dt.replace_time_zone(…) and .dt.convert_time_zone('UTC') in Polars",
+        mismatch = functools.partial(Mismatch, self.source, name, file)
+        delta = self.partitions
+        count = schema.names.count(name)
+        if delta is not None and name in delta.types:
+            found = delta.types[name]
+        elif count > 1:
+            return mismatch("twice", f"{count} columns {name!r}")
+        elif count and (delta is None or name in delta.columns):
+            found = schema.field(name).type
+        elif delta is not None and name in delta.columns:
+            found = delta.columns[name]
+        elif delta is None and name in self.given(file):
+            return self._mismatch_of_path(name, file)
+        elif count:
+            return mismatch(
+                "missing", "has it, but the newest version of its table does not", nearest(name, schema.names)
             )
-        if not type_holds(declared, found):
-            return f"{name!r} is {found} instead of {declared}", ContractError(
-                f"{what}: column {name!r} must be {declared}",
-                f"it is {found} in {file}",
-                "Correct the file, or the declaration if it was wrong",
+        else:
+            return mismatch("missing", f"with {', '.join(schema.names)}", nearest(name, schema.names))
+        if count and is_text(schema):
+            return None
+        reason = refusal(declared, found, self.reading)
+        return None if reason is None else mismatch(reason, str(found), declaration(found))
+
+    def _mismatch_of_path(self, name: str, file: str) -> Mismatch | None:
+        value = pl.DataFrame({name: [self.given(file)[name]]}, schema={name: pl.String})
+        declared = {name: self.source.schema[name]}
+        if problem_free(converted(value, declared, self.reading, declared)):
+            return None
+        return Mismatch(self.source, name, file, "type", f"{value.item()!r} in its path", "pl.String")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mismatch:
+    """A declared column that a file does not have as declared.
+
+    Args:
+        source: the source.
+        column: its name.
+        file: the file.
+        kind: `"missing"`, `"twice"`, `"type"`, or what the source has to say for it to be read: `"zone"`, `"unit"`.
+        found: what the file has.
+        hint: the type to declare, or a name that is near.
+        other: a file that has the column in a type that is read, and the type.
+    """
+
+    source: Source
+    column: str
+    file: str
+    kind: str
+    found: str
+    hint: str = ""
+    other: tuple[str, str] | None = None
+
+    def beside(self, path: str, found: str) -> Mismatch:
+        """The mismatch of a file, where another one has the column in a type that is read."""
+        return dataclasses.replace(self, other=(path, found))
+
+    @property
+    def line(self) -> str:
+        """What to write in the definition; empty if that is not known."""
+        if self.kind == "zone":
+            return 'zone="UTC" (or the zone that the times are in)'
+        if self.kind == "unit":
+            return 'unit="s" (or "ms", "us", "ns")'
+        return f'"{self.column}": {self.hint}' if self.kind == "type" and self.hint else ""
+
+    @property
+    def error(self) -> ContractError:
+        what, declared = f"Source {self.source.name!r}", self.source.schema[self.column]
+        if self.kind == "missing":
+            where = f"{self.file} {self.found}"
+            return ContractError(f"{what}: every file has the declared column {self.column!r}", where, self.hint)
+        if self.kind == "twice":
+            return ContractError(
+                f"{what}: a file has each declared column once",
+                f"{self.found} in {self.file}",
+                "Write the file again, each column under a name of its own",
             )
-        return None
+        if self.other is not None:
+            path, right = self.other
+            return ContractError(
+                f"{what}: column {self.column!r} has one type in every file, declared {declared}",
+                f"{right} in {path}, and {self.found} in {self.file}",
+                f"Write {self.file} again with {self.column!r} as {right}, or move it away",
+            )
+        if self.kind == "zone":
+            rule = f"column {self.column!r} is {declared}, and a date has no zone"
+            if not self.found.startswith("date"):
+                rule = "a timestamp names its time zone, or its source the zone"
+            return ContractError(
+                f"{what}: {rule}",
+                f"{self.column!r}: {self.found} in {self.file}",
+                f"Write Source({self.source.name!r}, …, {self.line}), or write the file with a zone: "
+                ".dt.replace_time_zone(…) and .dt.convert_time_zone('UTC') in Polars",
+            )
+        fix = "Correct the file"
+        if self.line:
+            fix = f"Correct the file, or write {self.line} in Source({self.source.name!r}, …)"
+        return ContractError(f"{what}: column {self.column!r} is {declared}", f"{self.found} in {self.file}", fix)
+
+    @property
+    def brief(self) -> str:
+        """The mismatch among others."""
+        wanted = {"missing": "is missing", "twice": "is there twice", "zone": "has no time zone", "unit": "has no unit"}
+        declared = self.source.schema[self.column]
+        return f"{self.source.name}.{self.column} {wanted.get(self.kind, f'is declared {declared}')}: {self.found}"
+
+
+def refused(found: Sequence[Mismatch | ContractError]) -> ContractError:
+    """One error for everything that is wrong with the files of some sources."""
+    mismatches = [each for each in found if isinstance(each, Mismatch)]
+    groups: dict[tuple[str, str, str, str], list[Mismatch]] = {}
+    for each in mismatches:
+        found_text = "" if each.kind == "missing" else each.found
+        groups.setdefault((each.source.name, each.column, each.kind, found_text), []).append(each)
+    others = [each for each in found if isinstance(each, ContractError)]
+    if len(groups) + len(others) == 1:
+        return others[0] if others else mismatches[0].error
+    texts, lines = [], dict[str, dict[str, None]]()
+    for (source, *_), group in groups.items():
+        more = f" and {len(group) - 1:,} more files" if len(group) > 1 else ""
+        texts.append(f"{group[0].brief} in {group[0].file}{more}")
+        if group[0].line:
+            lines.setdefault(source, {})[group[0].line] = None
+    texts += [f"{each.value}" for each in others]
+    write = "; ".join(f"in Source({name!r}, …): {', '.join(some)}" for name, some in lines.items())
+    return ContractError(
+        f"Every file holds what its source declares; {len(texts)} things differ",
+        "; ".join(f"({number}) {text}" for number, text in enumerate(texts, 1)),
+        f"Correct the files, or write {write}" if write else "Correct the files",
+    )
+
+
+_DECLARATIONS = (
+    (pa.types.is_boolean, "pl.Boolean"),
+    (pa.types.is_integer, "pl.Int64"),
+    (pa.types.is_floating, "pl.Float64"),
+    (pa.types.is_decimal, "pl.Float64"),
+    (pa.types.is_string, "pl.String"),
+    (pa.types.is_large_string, "pl.String"),
+    (pa.types.is_date, "pl.Date"),
+    (pa.types.is_timestamp, 'pl.Datetime("us", "UTC")'),
+)
+
+
+def declaration(found: pa.DataType) -> str:
+    """The type to declare for a file's column; empty if there is none."""
+    kind = found.value_type if pa.types.is_dictionary(found) else found
+    return next((text for applies, text in _DECLARATIONS if applies(kind)), "")
+
+
+# In the metadata of a schema: its columns were read for what is declared, and text stands for values of any type.
+TEXT = {b"millrace": b"text"}
+
+
+def is_text(schema: pa.Schema) -> bool:
+    return (schema.metadata or {}).get(b"millrace") == b"text"
+
+
+@functools.lru_cache(4096)
+def hive_values(path: str) -> Mapping[str, str | None]:
+    """Columns that folders of a path stand for, as in `country=DE/part-0.parquet`."""
+    if "=" not in path:
+        return {}
+    found: dict[str, str | None] = {}
+    for part in path.split("/")[:-1]:
+        name, equals, value = part.partition("=")
+        if equals and name:
+            found[unquote(name)] = None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)
+    return found
 
 
 def as_frame(table: pa.Table) -> pl.DataFrame:
@@ -295,34 +486,6 @@ def readable(frame: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def fits(declared: pl.DataType, found: pa.DataType) -> bool:
-    """Whether a file's column of Arrow type `found` is accepted for a column declared as Polars type `declared`."""
-    return type_holds(declared, found) and not (pa.types.is_timestamp(found) and found.tz is None)
-
-
-def type_holds(declared: pl.DataType, found: pa.DataType) -> bool:
-    """Whether every value of Arrow type `found` is also a value of Polars type `declared`."""
-    if pa.types.is_dictionary(found):
-        return type_holds(declared, found.value_type)
-    if declared == pl.String:
-        return pa.types.is_string(found) or pa.types.is_large_string(found)
-    if declared == pl.Boolean:
-        return pa.types.is_boolean(found)
-    if declared == pl.Date:
-        return pa.types.is_date(found)
-    if declared.is_temporal():
-        return pa.types.is_timestamp(found) and found.tz is not None
-    if declared.is_integer():
-        widest = next(bits for dtype, bits in _WIDTHS.items() if declared == dtype)
-        return pa.types.is_integer(found) and (
-            found.bit_width < widest or (found.bit_width == widest and pa.types.is_signed_integer(found))
-        )
-    exact = 53 if declared == pl.Float64 else 24
-    if pa.types.is_integer(found):
-        return found.bit_width <= exact
-    return pa.types.is_floating(found) and found.bit_width <= (64 if declared == pl.Float64 else 32)
-
-
 def check_rows(contract: Contract, frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Splits rows into those that satisfy the contract (NaN becomes null, and −0.0 becomes 0.0) and dead letters with
     the first rule that is broken.
@@ -331,6 +494,54 @@ def check_rows(contract: Contract, frame: pl.DataFrame) -> tuple[pl.DataFrame, p
         (rows that satisfy it, dead letters of schema `ROW_DEAD_LETTERS`: position in `frame`, field, rule, value,
         plausible time in µs or null).
     """
+    if contract.source.condition is None and "__rule" not in frame.columns:
+        return _check_values(contract, frame)
+    numbered, problems = _with_problems(contract, rows_of_source(contract, frame.with_row_index("__at")))
+    at = numbered["__at"]
+    rows, dead_letters = _check_values(contract, numbered.drop("__at"))
+    places = at.gather(dead_letters["place"]).cast(pl.Int64).alias("place")
+    return rows, pl.concat([problems, dead_letters.with_columns(places)]).sort("place")
+
+
+def rows_of_source(contract: Contract, frame: pl.DataFrame) -> pl.DataFrame:
+    """The rows that are rows of the source, by its `where`, and those of which that cannot be told."""
+    condition = contract.source.condition
+    if condition is None:
+        return frame
+    mine = select(frame, condition.fill_null(False).alias("_"))["_"]
+    if len(mine) != len(frame):  # it names no column
+        mine = mine.new_from_index(0, len(frame))
+    if "__rule" in frame.columns:
+        # The value of a column of `where` has a problem, or the whole line has.
+        mine |= frame["__field"].is_in(["", *contract.source.columns_of_where]).fill_null(False)
+    return frame.filter(mine)
+
+
+def _with_problems(contract: Contract, numbered: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Rows without a problem, and dead letters of those with one."""
+    if "__rule" not in numbered.columns:
+        return numbered, pl.DataFrame(schema=ROW_DEAD_LETTERS)
+    bad = numbered["__rule"].is_not_null()
+    dead_letters = numbered.filter(bad).select(
+        pl.col("__at").cast(pl.Int64).alias("place"),
+        pl.col("__field").alias("field"),
+        pl.col("__rule").alias("rule"),
+        pl.col("__value").fill_null("null").alias("value"),
+        _plausible_time(contract).alias("time"),
+    )
+    return numbered.filter(~bad).drop(PROBLEM), dead_letters.cast(ROW_DEAD_LETTERS)  # type: ignore[arg-type]
+
+
+def _plausible_time(contract: Contract) -> pl.Expr:
+    """A row's time in µs; null if there is none that is plausible."""
+    if contract.source.time is None:
+        return pl.lit(None, pl.Int64)
+    moment = pl.col(contract.source.time).dt.epoch("us")
+    return pl.when((moment >= contract.earliest) & (moment < contract.latest)).then(moment)
+
+
+def _check_values(contract: Contract, frame: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """`check_rows` of rows that `where` has let through."""
     floats = [name for name in frame.columns if frame[name].dtype.is_float()]
     broken = select(frame, contract.breaks)["_"]
     if len(broken) != len(frame):
@@ -350,16 +561,12 @@ def _dead_letters(contract: Contract, bad: pl.DataFrame, rules: list[tuple[str, 
             [pl.when(condition).then(value) for (_, _, condition), value in zip(rules, what, strict=True)]
         )
 
-    time = pl.lit(None, pl.Int64)
-    if contract.source.time is not None:
-        moment = pl.col(contract.source.time).dt.epoch("us")
-        time = pl.when((moment >= contract.earliest) & (moment < contract.latest)).then(moment)
     return bad.select(
         pl.col("place").cast(pl.Int64),
         first([pl.lit(field) for field, _, _ in rules]).alias("field"),
         first([pl.lit(rule) for _, rule, _ in rules]).alias("rule"),
         first([_shown(field, bad.schema[field]).fill_null("null") for field, _, _ in rules]).alias("value"),
-        time.alias("time"),
+        _plausible_time(contract).alias("time"),
     ).cast(ROW_DEAD_LETTERS)  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ import polars as pl
 
 from transforms.records.row_hashing import combine_hashes, hash_column
 from transforms.records.times import day_number
-from transforms.sources.contracts import Contract
+from transforms.sources.contracts import Contract, rows_of_source
 
 # Maps a day (days since 1970) to (number of rows, sum of the rows' hashes mod 2**64).
 Digests = dict[int, tuple[int, int]]
@@ -18,6 +18,7 @@ _MASK = 2**64 - 1
 
 def day_digests(contract: Contract, frame: pl.DataFrame, low: int = -(2**62), high: int = 2**62) -> Digests:
     """The digest of each day, over the rows (valid or rejected) with a plausible time in `[low, high)` µs."""
+    frame = rows_of_source(contract, frame)
     moments = frame[str(contract.source.time)].to_physical()
     low, high = max(low, contract.earliest), min(high, contract.latest)
     inside = (moments >= low) & (moments < high)

@@ -5,31 +5,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
-import operator
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from io import BufferedIOBase, BytesIO
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Mapping
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
 from schemas.errors import ContractError, DataError, IncompleteLogError
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.records.pickled_once import PickledOnce
-from transforms.records.times import ALWAYS, day_number, midnight
-from transforms.sources.contracts import READ_ERRORS, Contract, Partitions, as_frame, fits, not_whole, readable
-from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
+from transforms.records.times import day_number, midnight
+from transforms.sources.contracts import READ_ERRORS, Contract, Mismatch, Partitions, refused
+from transforms.sources.conversions import LocalTimes, Twice
+from transforms.sources.data_files import open_file
+from transforms.sources.formats import SUFFIXES, is_text
+from transforms.sources.listing import LOG, Listing, list_files
+from transforms.sources.slices import Slice, Slices
+from transforms.sources.surveying import survey_batch, wrong_columns
 from transforms.storage.delta_log import path_within
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
-from transforms.storage.file_systems import FileSystems, open_regular
-from transforms.storage.paths import source_uri
+from transforms.storage.file_systems import FileSystems
+from transforms.storage.paths import place_of
 
 # Primitive types of Delta tables.
 _ARROW = {
@@ -48,63 +46,26 @@ _ARROW = {
 }
 # Number of files that a thread takes at a time.
 FILES_AT_ONCE = 64
-# A file of at most so many bytes is read with one call: Arrow reads as many of any file for its footer.
-READ_AT_ONCE = 65_536
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """A row group of a file: the number of its first row in the file, its number of rows, its first and last time in
-    µs, and the file's stamp, which changes with the content."""
-
-    path: str
-    group: int
-    first: int
-    rows: int
-    low: int
-    high: int
-    stamp: str = ""
-
-
-class Slices(PickledOnce, tuple[Slice, ...]):
-    """Row groups of a source."""
-
-    def overlapping(self, low: int, high: int) -> Slices:
-        """The row groups that may have rows in `[low, high)` µs."""
-        found = Slices(each for each in self if each.low < high and each.high >= low)
-        return self if len(found) == len(self) else found
-
-    def joined(self, more: Sequence[Slice]) -> Slices:
-        """These row groups, and those of `more` that are not among them."""
-        return Slices(dict.fromkeys([*self, *more])) if more else self
-
-    def pickled_state(self) -> object:
-        return [list(map(operator.attrgetter(name), self)) for name in _FIELDS]
-
-    @classmethod
-    def from_state(cls, state: Sequence[Sequence[Any]]) -> Slices:
-        return cls(map(Slice, *state))
-
-
-_FIELDS = tuple(field.name for field in dataclasses.fields(Slice))
+# Ends the rule of the error where a source has none.
+HAS_FILES = "has files"
 
 
 def version_of(root: str, source: Source) -> int | None:
-    """The newest version of a source that is a Delta table; None if it is a folder of Parquet files."""
-    table = _delta_table(source, source_uri(root, source.name))
+    """The newest version of a source that is a Delta table; None for files."""
+    table = _delta_table(source, place_of(root, source))
     return None if table is None else int(table.version())
 
 
 def source_files(root: str, source: Source, version: int | None = None) -> list[str]:
-    """The source's Parquet files under `<root>/<name>`, sorted; for a Delta table, those of `version` (None: its
-    newest).
+    """The source's files under `<root>/<name>` or its `path=`, sorted; of a Delta table those of `version`, None its
+    newest.
 
     Raises:
         DataError: there are none, or a folder cannot be listed.
         ContractError: an entry of the folder is neither read nor skipped, see `listing`.
         StoreError: the log of a Delta table cannot be read.
     """
-    folder = source_uri(root, source.name)
+    folder = place_of(root, source)
     table = _delta_table(source, folder, version)
     return paths_of(table) if table is not None else list(listing_of(root, source).files)
 
@@ -115,13 +76,14 @@ def listing_of(root: str, source: Source) -> Listing:
     Raises:
         DataError, ContractError: as `source_files`.
     """
-    folder = source_uri(root, source.name)
-    listing = list_files(source.name, folder)
+    folder = place_of(root, source)
+    listing = list_files(source.name, folder, source.path is not None)
     if not listing.files:
         raise DataError(
-            f"Source {source.name!r} must have Parquet files",
-            f"there are none under {folder}",
-            "Write its rows there, or name another folder with --sources",
+            f"Source {source.name!r} {HAS_FILES}",
+            f"none under {folder}",
+            "Write its rows there, name another folder with --sources, or say where they are with path=… in the "
+            "definition",
         )
     return listing
 
@@ -151,12 +113,13 @@ def _delta_table(source: Source, folder: str, version: int | None = None) -> Del
             f"there is no commit in {log}",
             f"Restore the log, or remove {log} if every Parquet file under {folder} is to be read",
         )
-    if "://" not in folder and os.path.lexists(folder + SUFFIX):
-        raise ContractError(
-            f"Source {source.name!r} must be either a Delta table or Parquet files",
-            f"there are {folder} and {folder}{SUFFIX}",
-            "Move one of them away",
-        )
+    for beside in (folder + suffix for suffix in SUFFIXES):
+        if "://" not in folder and os.path.lexists(beside):
+            raise ContractError(
+                f"Source {source.name!r} must be either a Delta table or files",
+                f"there are {folder} and {beside}",
+                "Move one of them away",
+            )
     return table
 
 
@@ -168,33 +131,19 @@ def _has_log(folder: str) -> bool:
     )
 
 
-def stamp_of(path: str) -> str:
-    """The file's size, its time of modification and a digest of its footer. It changes whenever the content does."""
-    if "://" in path:
-        (match,) = FileSystems.match([path])
-        (meta,) = match.metadata_list
-        return f"{meta.size_in_bytes}-{meta.last_updated_in_seconds}"
-    status = os.stat(path)
-    with open(path, "rb") as handle:
-        return _stamp(status, handle)
-
-
-def _stamp(status: os.stat_result, handle: BinaryIO) -> str:
-    handle.seek(max(status.st_size - 8, 0))
-    length = int.from_bytes(handle.read(4), "little")
-    handle.seek(max(status.st_size - 8 - length, 0))
-    footer = hashlib.blake2b(handle.read(length), digest_size=8).hexdigest()
-    return f"{status.st_size}-{status.st_mtime_ns}-{footer}"
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Surveyed:
-    """What a survey found: the contract by which to read the source, its row groups, and its files (None for a Delta
-    table, whose log lists the files of a version)."""
+    """A source as it lies there: the contract by which to read it, its row groups, and its files; None of a Delta
+    table, whose log lists the files of a version.
+
+    Args:
+        local: by file, its local times that occur twice or do not exist, if there are any.
+    """
 
     contract: Contract
     slices: Slices
     listing: Listing | None
+    local: Mapping[str, LocalTimes] = dataclasses.field(default_factory=dict)
 
     @property
     def listings(self) -> tuple[Listing, ...]:
@@ -219,9 +168,17 @@ def survey_files(root: str, contract: Contract, version: int | None = None) -> S
     """As `survey_source`, with the listing by which to check at the end that no file was removed or replaced meanwhile.
 
     Raises:
-        ContractError: as `survey_source`.
+        ContractError: as `survey`; one for everything that is wrong with the files.
     """
-    table = _delta_table(contract.source, source_uri(root, contract.source.name), version)
+    found = look_at(root, contract, version)
+    if not isinstance(found, Surveyed):
+        raise refused(found)
+    return found
+
+
+def look_at(root: str, contract: Contract, version: int | None = None) -> Surveyed | list[Mismatch | ContractError]:
+    """`survey_files`, or everything that is wrong with the files."""
+    table = _delta_table(contract.source, place_of(root, contract.source), version)
     listing = None
     if table is not None:
         contract = dataclasses.replace(contract, partitions=_partitions(table, contract))
@@ -229,17 +186,16 @@ def survey_files(root: str, contract: Contract, version: int | None = None) -> S
     else:
         listing = listing_of(root, contract.source)
         paths = list(listing.files)
-    try:
-        batches = [paths[i : i + FILES_AT_ONCE] for i in range(0, len(paths), FILES_AT_ONCE)]
-        parts = list(file_pool().map(_Footers(contract).slices, batches))
-    except ContractError:
-        with contextlib.suppress(*READ_ERRORS):  # the first error is the one to report
-            _of_one_type(contract, paths)
-        raise
-    slices = Slices(each for part in parts for each in part)
+    batches = [paths[i : i + FILES_AT_ONCE] for i in range(0, len(paths), FILES_AT_ONCE)]
+    parts = list(file_pool().map(functools.partial(survey_batch, contract), batches))
+    wrong = [each for part in parts for each in part.wrong] or wrong_columns(contract, parts)
+    if wrong:
+        return _by_both(contract, paths, wrong)
+    local = {path: count for part in parts for path, count in part.local.items()}
+    slices = Slices(each for part in parts for each in part.slices)
     if table is not None:
         _require_logged_rows(contract.source, table, slices)
-    return Surveyed(contract, slices, listing)
+    return Surveyed(contract, slices, listing, local)
 
 
 def _require_logged_rows(source: Source, table: DeltaTable, slices: Iterable[Slice]) -> None:
@@ -260,24 +216,21 @@ def _require_logged_rows(source: Source, table: DeltaTable, slices: Iterable[Sli
             )
 
 
-def _of_one_type(contract: Contract, paths: list[str]) -> None:
-    """Refuses files if a column has the declared type in some and another type in others; the error names one of
-    each."""
-    schemas = ((path, open_parquet(path, contract.source).schema_arrow) for path in paths)
-    seen: dict[str, dict[bool, tuple[str, pa.DataType]]] = {name: {} for name in contract.read}
-    for path, schema in schemas:
-        for name, found in seen.items():
-            if schema.names.count(name) != 1:
-                continue
-            kind, declared = schema.field(name).type, contract.source.schema[name]
-            found.setdefault(fits(declared, kind), (path, kind))
-            if len(found) == 2:
-                (good, right), (bad, wrong) = found[True], found[False]
-                raise ContractError(
-                    f"Source {contract.source.name!r}: column {name!r} must be {declared} in every file",
-                    f"it is {right} in {good}, and {wrong} in {bad}",
-                    f"Write {bad} again with {name!r} as {right}, or move it away",
-                )
+def _by_both(
+    contract: Contract, paths: list[str], wrong: list[Mismatch | ContractError]
+) -> list[Mismatch | ContractError]:
+    """What is wrong; of a column that some files hold as it is declared and others do not, by one of each."""
+    mismatches = [each for each in wrong if isinstance(each, Mismatch)]
+    if len(mismatches) < len(wrong) or len({each.column for each in mismatches}) > 1 or "missing" in mismatches[0].kind:
+        return wrong
+    name, bad = mismatches[0].column, {each.file for each in mismatches}
+    with contextlib.suppress(ContractError, *READ_ERRORS):  # the first error is the one to report
+        for path in paths:
+            schema = open_file(path, contract.source).schema
+            if path not in bad and name in schema.names and not is_text(path):
+                right = schema.field(name).type
+                return [mismatches[0].beside(path, str(right))]
+    return wrong
 
 
 def _partitions(table: DeltaTable, contract: Contract) -> Partitions:
@@ -328,137 +281,6 @@ def _deleted(table: DeltaTable) -> bool:
         return True
 
 
-class _Footers:
-    """Reads the footers of a source's files."""
-
-    def __init__(self, contract: Contract) -> None:
-        self.contract = contract
-        # The schema that was checked last: most files of a source have the same.
-        self.checked: pa.Schema | None = None
-
-    def slices(self, paths: Sequence[str]) -> list[Slice]:
-        """The row groups of some files.
-
-        Raises:
-            ContractError: a file cannot be read, or does not have the declared columns.
-        """
-        result: list[Slice] = []
-        for path in paths:
-            try:
-                result += self._slices_of(path)
-            except READ_ERRORS as error:
-                raise not_whole(self.contract.source, path, error) from None
-        return result
-
-    def _slices_of(self, path: str) -> list[Slice]:
-        contract = self.contract
-        file, stamp = open_stamped(path, contract.source)
-        stamp = stamp or stamp_of(path)
-        schema, metadata = file.schema_arrow, file.metadata
-        if self.checked is None or not schema.equals(self.checked):
-            contract.check(schema, path)
-            self.checked = schema
-        time = contract.source.time
-        result, first = [], 0
-        for group in range(metadata.num_row_groups):
-            rows = metadata.row_group(group).num_rows
-            low, high = ALWAYS, 2**62
-            if time is not None and time not in schema.names:  # added to a Delta table later
-                low, high = ALWAYS, ALWAYS
-            elif time is not None:
-                low, high = _bounds(file, group, time) or (ALWAYS, 2**62)
-                if low < contract.earliest or high >= contract.latest:
-                    low, high = _plausible(file, group, time, contract)
-            result.append(Slice(path, group, first, rows, low, high, stamp))
-            first += rows
-        return [each for each in result if each.rows]
-
-
-def _plausible(file: pq.ParquetFile, group: int, time: str, contract: Contract) -> tuple[int, int]:
-    """Bounds of a row group's plausible times. They are read from the rows if its footer has no bounds, or implausible
-    ones."""
-    times = readable(as_frame(file.read_row_group(group, [time])))[time].dt.epoch("us")
-    times = times.filter((times >= contract.earliest) & (times < contract.latest))
-    return (int(times.min()), int(times.max())) if len(times) else (ALWAYS, ALWAYS)  # type: ignore[arg-type]
-
-
-# How many units of a Parquet timestamp make a µs, or how many µs make a unit.
-_UNITS = {"milliseconds": (1000, 1), "microseconds": (1, 1), "nanoseconds": (1, 1000)}
-
-
-def _bounds(file: pq.ParquetFile, group: int, time: str) -> tuple[int, int] | None:
-    """The smallest and largest time of a row group in µs, from the footer; None if it has none.
-
-    They are integers, because the times that a writer records may be beyond Python's datetime.
-    """
-    meta = file.metadata.row_group(group)
-    for i in range(meta.num_columns):
-        column = meta.column(i)
-        if column.path_in_schema == time and column.is_stats_set and column.statistics.has_min_max:
-            kind = json.loads(file.schema.column(i).logical_type.to_json())
-            if column.physical_type != "INT64" or kind.get("timeUnit") not in _UNITS:
-                return None
-            times, parts = _UNITS[kind["timeUnit"]]
-            low, high = column.statistics.min_raw, column.statistics.max_raw
-            return low * times // parts, high * times // parts
-    return None
-
-
-def open_parquet(path: str, source: Source) -> pq.ParquetFile:
-    """Opens a Parquet file of `source`, local or on any Beam filesystem."""
-    return open_stamped(path, source)[0]
-
-
-def open_stamped(path: str, source: Source) -> tuple[pq.ParquetFile, str | None]:
-    """As `open_parquet`; and the stamp of what will be read from it, if the file is so small that it was read at once.
-
-    The stamp of a larger file has to be asked for when its rows have been read.
-    """
-    stamp: str | None = None
-
-    def opened() -> str | BufferedIOBase | pa.BufferReader:
-        nonlocal stamp
-        if "://" in path:
-            return FileSystems.open(path, compression_type="uncompressed")
-        with open_regular(path) as handle:
-            status = os.fstat(handle.fileno())
-            if status.st_size > READ_AT_ONCE:
-                return path
-            content = handle.read()
-        stamp = _stamp(status, BytesIO(content))
-        return pa.BufferReader(content)
-
-    try:
-        try:
-            return pq.ParquetFile(opened()), stamp
-        except pa.ArrowInvalid:
-            with contextlib.suppress(OSError, pa.ArrowException):  # the first error is the one to report
-                return pq.ParquetFile(opened(), metadata=_metadata(opened())), stamp
-            raise
-    except (*READ_ERRORS, RuntimeError) as error:  # RuntimeError: of pyarrow_hotfix
-        reason = (str(error).splitlines() or ["unreadable"])[0]
-        if isinstance(error, PermissionError):
-            raise ContractError(
-                f"Source {source.name!r}: every file must be readable", reason, "Grant access"
-            ) from None
-        raise ContractError(
-            f"Source {source.name!r}: every file must be complete Parquet",
-            f"{path}: {reason}",
-            "Write the file again (aside, then rename), or remove it",
-        ) from None
-
-
-def _metadata(file: str | BufferedIOBase | pa.BufferReader) -> pq.FileMetaData:
-    """A file's metadata without the Arrow types that its writer stored beside Parquet's own. Newer writers (delta-rs
-    for Polars) store types that this environment's Arrow does not know, such as string views."""
-    with open(file, "rb") if isinstance(file, str) else file as handle:
-        handle.seek(-8, os.SEEK_END)
-        length = int.from_bytes(handle.read(4), "little")
-        handle.seek(-8 - length, os.SEEK_END)
-        footer = handle.read(length).replace(b"ARROW:schema", b"ARROW:unused")
-    return pq.read_metadata(pa.BufferReader(b"PAR1" + footer + length.to_bytes(4, "little") + b"PAR1"))
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inventory:
     """Everything that a view reads, as it is now: contracts and slices by source (the spine under its own name), and
@@ -468,6 +290,7 @@ class Inventory:
     contracts: Mapping[str, Contract]
     slices: Mapping[str, Slices]
     listings: tuple[Listing, ...] = ()
+    local: Mapping[str, Mapping[str, LocalTimes]] = dataclasses.field(default_factory=dict)
 
     def contract(self, source: str) -> Contract:
         return self.spine if source == self.spine.source.name else self.contracts[source]
@@ -481,8 +304,13 @@ class Inventory:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes on rows that belong to no date, so that a run over some dates does not count them."""
-        result = []
+        """What a run of some dates cannot account for: rows that belong to no date; and how local times were taken."""
+        result = [
+            note
+            for name, counts in self.local.items()
+            for path, count in counts.items()
+            for note in _local_notes(self.contract(name), path, count)
+        ]
         for name in self.slices:
             lost = self.timeless(name) if self.contract(name).source.time is not None else ()
             if lost:
@@ -503,6 +331,13 @@ class Inventory:
         return (midnight(day_number(min(lows))), midnight(day_number(max(highs)) + 1)) if lows else (0, 0)
 
 
+def spine_contract(view: FeatureView, now: int = 2**62) -> Contract:
+    """The rules of the spine's rows.  A local time that occurs twice is the earlier instant, so that a row sees less;
+    where the spine is a source of events too it is neither."""
+    twice: Twice = None if view.spine.name in view.events else "earliest"
+    return Contract(view.spine, tuple(view.spine.schema), tuple(view.key), now, twice=twice)
+
+
 def take_inventory(view: FeatureView, root: str, now: int) -> Inventory:
     """The sources of `view` under `root`, from footers alone; `now` (µs) is for the check of times in the future.
 
@@ -512,17 +347,33 @@ def take_inventory(view: FeatureView, root: str, now: int) -> Inventory:
         DataError: a source without files.
         ContractError: files that cannot be read as declared.
     """
-    spine = Contract(view.spine, tuple(view.spine.schema), tuple(view.key), now)
+    spine = spine_contract(view, now)
     contracts = {
         name: spine
         if source is view.spine
         else Contract(source, tuple(view.columns_read(name)), now=now, ordering=view.columns_ordering(name))
         for name, source in view.sources.items()
     }
-    surveyed = {name: survey_files(root, contract) for name, contract in {view.spine.name: spine, **contracts}.items()}
+    looked = {name: look_at(root, contract) for name, contract in {view.spine.name: spine, **contracts}.items()}
+    wrong = [each for found in looked.values() if not isinstance(found, Surveyed) for each in found]
+    if wrong:
+        raise refused(wrong)
+    surveyed = {name: found for name, found in looked.items() if isinstance(found, Surveyed)}
     return Inventory(
         surveyed[view.spine.name].contract,
         {name: surveyed[name].contract for name in contracts},
         {name: each.slices for name, each in surveyed.items()},
         tuple(listing for each in surveyed.values() for listing in each.listings),
+        {name: each.local for name, each in surveyed.items() if each.local},
     )
+
+
+def _local_notes(contract: Contract, path: str, count: LocalTimes) -> list[str]:
+    name, zone, result = contract.source.name, contract.source.zone, []
+    if count.twice:
+        how = {"latest": "taken as the later instant", "earliest": "taken as the earlier instant"}
+        what = how.get(str(contract.twice), "set aside: rows that are spine rows and events need an offset")
+        result.append(f"{name}: {count.twice:,} local times occur twice in {zone} ({path}); {what}")
+    if count.absent:
+        result.append(f"{name}: {count.absent:,} local times do not exist in {zone} ({path}); set aside")
+    return result

@@ -1,7 +1,7 @@
 """The entries under a source's folder: each is read, is skipped and named in a warning, or is refused.
 
-Entries whose names begin with `.` or `_` are skipped, as by Spark, Hive and Arrow: writers give such names to markers
-and unfinished files.  Everything else must be a folder or a Parquet file.
+Names that begin with `.` or `_` are passed over, as Spark, Hive and Arrow do: writers keep markers and unfinished files
+under such names.  Everything else has to be a folder or a file of rows: Parquet, CSV or JSON lines, by its name.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import NoReturn, TypeVar
 
 from schemas.errors import ContractError, DataError
 from transforms.records.pickled_once import PickledOnce
+from transforms.sources.formats import NAMED, SUFFIXES, format_of
 from transforms.storage.file_systems import FileSystems
 
 log = logging.getLogger("millrace")
 LOG = "_delta_log"
-SUFFIX = ".parquet"
-# Files that engines leave beside the data, without any rows.
+# What engines leave beside the data, and what holds no rows.
 _MARKERS = ("_SUCCESS", "_metadata", "_common_metadata", "_started_", "_committed_", ".DS_Store")
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -31,6 +31,8 @@ _KINDS = {
     stat.S_IFCHR: "a character device",
 }
 _NAMED = 5
+_RULE = "Every entry of a source is a folder or a Parquet file, a CSV file or JSON lines"
+_FIX = "Move it away, or let its name begin with _; name it .parquet if it is Parquet, .csv or .jsonl if it is text"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +43,15 @@ class Listing(PickledOnce):
         source: its name.
         folder: its address.
         files: path → (bytes, time of the last change; in ns since 1970 on a local disk).
-        passed_over: entries that are skipped because their names begin with `.` or `_`; markers are left out.
+        passed_over: entries that are not read, because their names begin with `.` or `_`; markers are left out.
+        named: whether the source names its path, which then may be that of a file.
     """
 
     source: str
     folder: str
     files: Mapping[str, tuple[int, float]]
     passed_over: tuple[str, ...] = ()
+    named: bool = False
 
     def check_unchanged(self) -> tuple[str, ...]:
         """Lists the folder again; returns the files that were added since, sorted.
@@ -55,7 +59,7 @@ class Listing(PickledOnce):
         Raises:
             DataError: a file was removed or replaced: the rows that were read may be a mixture of old and new ones.
         """
-        now = list_files(self.source, self.folder).files
+        now = list_files(self.source, self.folder, self.named).files
         gone = sorted(self.files.keys() - now.keys())
         replaced = sorted(path for path, state in self.files.items() if now.get(path, state) != state)
         if gone or replaced:
@@ -93,14 +97,19 @@ def first_few(paths: Iterable[str], most: int = _NAMED) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
-def list_files(source: str, folder: str) -> Listing:
-    """Lists the Parquet files under `folder`, linked folders included, and `<folder>.parquet`.
+def list_files(source: str, folder: str, named: bool = False) -> Listing:
+    """The files under `folder`, linked folders included, and `<folder>.parquet`, `<folder>.csv` and so on.
+
+    Args:
+        source: the source's name.
+        folder: its address.
+        named: whether the source names its path, which then may be that of a file.
 
     Raises:
-        DataError: a folder cannot be listed, or disappears meanwhile.
-        ContractError: an entry is neither a folder nor a Parquet file, or a link makes it appear twice.
+        DataError: a folder cannot be looked into, or disappears meanwhile.
+        ContractError: an entry is neither a folder nor a file of rows, or is there twice by way of a link.
     """
-    listing = _list_remote(source, folder) if "://" in folder else _Walk(source).listing(folder)
+    listing = _list_remote(source, folder, named) if "://" in folder else _Walk(source).listing(folder, named)
     if listing.passed_over:
         _name_passed_over(source, listing.passed_over)
     return listing
@@ -131,21 +140,24 @@ class _Walk:
         # (Device, inode) of each folder and file → its path.
         self.seen: dict[tuple[int, int], str] = {}
 
-    def listing(self, folder: str) -> Listing:
-        for path in (folder, folder + SUFFIX):
+    def listing(self, folder: str, named: bool) -> Listing:
+        for path in (folder, *(folder + suffix for suffix in SUFFIXES)):
             if not os.path.lexists(path):
                 continue
             status = self._status(path, os.path.islink(path))
             if stat.S_ISDIR(status.st_mode):
                 self._walk(path, status)
-            elif path == folder:
+            elif path == folder and not named:
                 self._refuse(
-                    path, "a file" if stat.S_ISREG(status.st_mode) else _kind(status), "Every source must be a folder"
+                    path,
+                    "a file" if stat.S_ISREG(status.st_mode) else _kind(status),
+                    "Every source must be a folder, or names its file",
+                    f"Move it away, give its name a suffix ({NAMED}), or say path=… in the definition",
                 )
             else:
                 self._file(path, status)
         files = dict(sorted(self.files.items()))
-        return Listing(self.source, folder, files, tuple(sorted(self.passed_over)))
+        return Listing(self.source, folder, files, tuple(sorted(self.passed_over)), named)
 
     def _walk(self, folder: str, status: os.stat_result) -> None:
         pending = [(folder, status)]
@@ -158,7 +170,7 @@ class _Walk:
                         entry.path,
                         "a Delta table inside the source",
                         "A Delta table must be the whole source",
-                        "Make it a source of its own, or write its rows as Parquet files",
+                        "Make it a source of its own, or write its rows as files",
                     )
                 if is_hidden(entry.name):
                     if _worth_naming(entry.name):
@@ -201,12 +213,8 @@ class _Walk:
     def _file(self, path: str, status: os.stat_result) -> None:
         if not stat.S_ISREG(status.st_mode):
             self._refuse(path, _kind(status))
-        if not path.casefold().endswith(SUFFIX):
-            self._refuse(
-                path,
-                f"{status.st_size:,} bytes with a name without {SUFFIX}",
-                fix=f"Move it away, or let its name begin with _; name it {SUFFIX} if it is Parquet",
-            )
+        if format_of(path) is None:
+            self._refuse(path, _nameless(status.st_size), fix=_FIX)
         self._once(path, status)
         self.files[path] = (status.st_size, status.st_mtime_ns)
 
@@ -229,10 +237,14 @@ class _Walk:
         self,
         path: str,
         what: str,
-        rule: str = "Every entry of a source must be a folder or a Parquet file",
+        rule: str = _RULE,
         fix: str = "Move it away",
     ) -> NoReturn:
         raise ContractError(f"Source {self.source!r}: {rule[0].lower()}{rule[1:]}", f"{path}: {what}", fix)
+
+
+def _nameless(size: int) -> str:
+    return f"{size:,} bytes under a name without any of {NAMED}"
 
 
 def _kind(status: os.stat_result) -> str:
@@ -246,11 +258,12 @@ def _target(path: str) -> str:
         return "something"
 
 
-def _list_remote(source: str, folder: str) -> Listing:
-    """Lists the files in an object store, which has neither links nor folders."""
+def _list_remote(source: str, folder: str, named: bool) -> Listing:
+    """Of an object store. Its links do not exist, and neither do folders."""
     files: dict[str, tuple[int, float]] = {}
     passed_over: set[str] = set()
-    for match in FileSystems.match([f"{folder}/**", f"{folder}{SUFFIX}"]):
+    patterns = [f"{folder}/**", *(folder + suffix for suffix in SUFFIXES), *([folder] if named else [])]
+    for match in FileSystems.match(patterns):
         for each in match.metadata_list:
             parts = each.path[len(folder) :].split("/")[1:]
             hidden = next((i for i, part in enumerate(parts) if is_hidden(part)), None)
@@ -258,13 +271,10 @@ def _list_remote(source: str, folder: str) -> Listing:
                 if _worth_naming(parts[hidden]):
                     passed_over.add("/".join([folder, *parts[: hidden + 1]]))
             elif each.path.endswith("/") and not each.size_in_bytes:
-                continue  # web consoles write an empty object to show a folder
-            elif not each.path.casefold().endswith(SUFFIX):
-                raise ContractError(
-                    f"Source {source!r}: every entry of a source must be a folder or a Parquet file",
-                    f"{each.path} has {each.size_in_bytes:,} bytes and a name without {SUFFIX}",
-                    f"Move it away, or let its name begin with _; name it {SUFFIX} if it is Parquet",
-                )
+                continue  # consoles write an empty object to show a folder
+            elif format_of(each.path) is None:
+                rule = f"Source {source!r}: {_RULE[0].lower()}{_RULE[1:]}"
+                raise ContractError(rule, f"{each.path}: {_nameless(each.size_in_bytes)}", _FIX)
             else:
                 files[each.path] = (each.size_in_bytes, each.last_updated_in_seconds)
-    return Listing(source, folder, dict(sorted(files.items())), tuple(sorted(passed_over)))
+    return Listing(source, folder, dict(sorted(files.items())), tuple(sorted(passed_over)), named)

@@ -9,17 +9,21 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
 from schemas.errors import ContractError
 from schemas.sources import Source
 from transforms.records.times import ALWAYS, FOREVER
-from transforms.sources.contracts import READ_ERRORS, Contract, as_frame, check_rows, not_whole, readable
+from transforms.sources.contracts import READ_ERRORS, Contract, check_rows, not_whole
+from transforms.sources.conversions import with_problems
+from transforms.sources.data_files import open_file, stamp_of
 from transforms.sources.day_digests import Digests, day_digests, subtract
 from transforms.sources.dead_letters import SOURCE_DEAD_LETTERS, concat_dead_letters
-from transforms.sources.inventory import FILES_AT_ONCE, Slice, open_parquet, open_stamped, stamp_of
+from transforms.sources.inventory import FILES_AT_ONCE
 from transforms.sources.repeats import KnownOrder
+from transforms.sources.slices import Slice
 from transforms.storage.delta_tables import file_pool
 
 # Rows in memory while a source is read in pieces.
@@ -148,9 +152,7 @@ def _checked(
     digests = {} if options.span is None else day_digests(contract, whole, *options.span)
     loaded = len(whole)
     if options.numbered:
-        whole = whole.with_columns(
-            pl.int_range(slices[0].first, slices[0].first + len(whole), dtype=pl.Int64).alias("__row")
-        )
+        whole = whole.with_columns(pl.Series("__row", _numbers(contract, slices[0], len(whole)), pl.Int64))
     frame, dead_letters = check_rows(contract, whole)
     dead_letters = (
         _placed(dead_letters, slices, owners, contract)
@@ -166,12 +168,19 @@ def _checked(
     return SourceRows(frame, dead_letters, digests, loaded)
 
 
+def _numbers(contract: Contract, piece: Slice, rows: int) -> npt.NDArray[np.int64]:
+    """The number of each row in its file; of a part of a row group, its first is `piece.first`."""
+    if not piece.size:
+        return np.arange(piece.first, piece.first + rows)
+    return open_file(piece.path, contract.source).numbers(piece)
+
+
 def _pieces(contract: Contract, piece: Slice, chunk: int) -> Iterator[tuple[Slice, pl.DataFrame]]:
-    """A row group in pieces of `chunk` rows; each piece is treated as a row group."""
-    file, first = open_parquet(piece.path, contract.source), piece.first
+    """A row group in pieces of `chunk` rows, each as if it were a row group."""
+    file, first = open_file(piece.path, contract.source), piece.first
     with _whole(contract, piece.path):
-        for batch in file.iter_batches(chunk, [piece.group], list(contract.read)):
-            rows = contract.cast(pa.Table.from_batches([batch]), piece.path)
+        for part in file.parts(piece, chunk, contract.by_weight):
+            rows = contract.cast(part, piece.path)
             yield dataclasses.replace(piece, first=first, rows=len(rows)), rows
             first += len(rows)
     _complete(contract, piece.path, first - piece.first, piece.rows)
@@ -201,7 +210,7 @@ def _read_files(contract: Contract, slices: Sequence[Slice]) -> pl.DataFrame:
     parts: list[pl.DataFrame] = []
     for _, alike in itertools.groupby(tables, _Alike):
         parts += _cast_together(contract, list(alike))
-    return parts[0] if len(parts) == 1 else pl.concat(parts)
+    return parts[0] if len(parts) == 1 else pl.concat(with_problems(parts))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -230,18 +239,17 @@ class _Alike:
 
 def _read_tables(contract: Contract, files: Sequence[Sequence[Slice]]) -> list[_FileRows]:
     """The row groups of each file; one stamp is checked for each file."""
-    given = {} if contract.partitions is None else contract.partitions.values
     result = []
     for groups in files:
         path, stamp = groups[0].path, groups[0].stamp or None
-        file, found = open_stamped(path, contract.source)
+        file = open_file(path, contract.source)
         with _whole(contract, path):
             # A second thread would cost more than reading a small file.
             threads = sum(each.rows for each in groups) > SMALL_FILE_ROWS
-            table = file.read_row_groups([each.group for each in groups], list(contract.read), use_threads=threads)
-        _complete(contract, path, table.num_rows, sum(file.metadata.row_group(each.group).num_rows for each in groups))
-        _unchanged(contract, path, stamp, found)
-        result.append(_FileRows(path, table, given.get(path, {})))
+            table = file.read(groups, contract.by_weight, threads)
+        _complete(contract, path, table.num_rows, sum(map(file.rows, groups)))
+        _unchanged(contract, path, stamp, file.stamp)
+        result.append(_FileRows(path, table, contract.given(path)))
     return result
 
 
@@ -300,13 +308,13 @@ def _first_plausible(contract: Contract, piece: Slice) -> int | None:
     """As `_owners`, for a row group that is too large for memory."""
     if contract.source.time is None:
         return None
-    file = open_parquet(piece.path, contract.source)
-    if contract.source.time not in file.schema_arrow.names:
+    file = open_file(piece.path, contract.source)
+    time = contract.source.time
+    if time not in file.schema.names and time not in contract.given(piece.path):
         return None
     with _whole(contract, piece.path):
-        for batch in file.iter_batches(READ_CHUNK_ROWS, [piece.group], [contract.source.time]):
-            moments = readable(as_frame(pa.Table.from_batches([batch])))
-            found = _plausible(contract, moments[contract.source.time])
+        for part in file.parts(piece, READ_CHUNK_ROWS, [time]):
+            found = _plausible(contract, contract.times(part, piece.path)[0])
             if found is not None:
                 return found
     return None
@@ -339,12 +347,24 @@ def _placed(dead_letters: pl.DataFrame, slices: Sequence[Slice], owners: Owners,
     return dead_letters.select(
         pl.lit(contract.source.name).alias("source"),
         pl.Series("file", [slices[i].path for i in index], pl.String),
-        pl.Series("row", position - starts[index] + np.array([each.first for each in slices])[index], pl.Int64),
+        pl.Series("row", _rows_in_files(contract, slices, index, position - starts[index]), pl.Int64),
         "field",
         "rule",
         "value",
         pl.coalesce("time", own, pl.lit(ALWAYS)).alias("time"),
     )
+
+
+def _rows_in_files(
+    contract: Contract, slices: Sequence[Slice], index: npt.NDArray[np.int64], place: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """The number in its file of each row: which of `slices` it is in, and its place there."""
+    rows = place + np.array([each.first for each in slices], np.int64)[index]
+    for number in np.unique(index).tolist():
+        if slices[number].size:  # of text the line, which only the bytes tell
+            mine = index == number
+            rows[mine] = _numbers(contract, slices[number], slices[number].rows)[place[mine]]
+    return rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

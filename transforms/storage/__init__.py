@@ -73,6 +73,7 @@ if TYPE_CHECKING:
         features_uri,
         folders,
         live_dead_letters_uri,
+        place_of,
         predictions_uri,
         present_path,
         source_uri,
@@ -80,7 +81,7 @@ if TYPE_CHECKING:
         table_path_in_store,
         tables_below,
     )
-    from transforms.storage.rewriting import Matches, Revise, matching_rows, purge, rewrite_delta, write_without
+    from transforms.storage.rewriting import Matches, Revise, purge, rewrite_delta, write_without, written_aside
     from transforms.storage.run_markers import (
         ERASE,
         MARKER,

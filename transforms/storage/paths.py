@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from schemas.sources import Source
 from transforms.storage.delta_log import logged_versions, root_of
 from transforms.storage.file_systems import FileSystems
 
@@ -93,3 +94,11 @@ def sources_root(store: str) -> str:
 
 def source_uri(root: str, source: str) -> str:
     return FileSystems.join(root, source)
+
+
+def place_of(root: str, source: Source) -> str:
+    """Where a source's rows are for batch: `path=` of the definition, or the folder of its name."""
+    if source.path is None:
+        return source_uri(root, source.name)
+    path = source.path.rstrip("/")
+    return path if "://" in path or os.path.isabs(path) else FileSystems.join(root, path)

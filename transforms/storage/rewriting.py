@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 
 import numpy as np
@@ -43,11 +43,6 @@ Revise = Callable[[pa.Table], pa.Table]
 FIX = "Grant access and free space, then run the same command again: it completes what was begun"
 
 
-def matching_rows(file: pq.ParquetFile, path: str, matches: Matches) -> int:
-    """Number of rows of a file that match."""
-    return sum(int(matches(group, path).sum()) for group in _groups(file))
-
-
 def _groups(file: pq.ParquetFile) -> Iterable[pa.Table]:
     for number in range(file.num_row_groups):
         yield file.read_row_group(number)
@@ -77,27 +72,39 @@ def write_without(
     Raises:
         StoreError: the folder cannot be written.
     """
+    stayed = removed = 0
+    codec = file.metadata.row_group(0).column(0).compression if file.num_row_groups else "SNAPPY"
+    with (
+        written_aside(target) as aside,
+        pq.ParquetWriter(aside, schema or file.schema_arrow, compression=codec) as writer,
+    ):
+        for group in _groups(file):
+            gone = matches(group, path)
+            kept = revise(group.filter(pa.array(~gone)))
+            stayed, removed = stayed + len(kept), removed + int(gone.sum())
+            if len(kept):
+                writer.write_table(kept)
+    return stayed, removed
+
+
+@contextlib.contextmanager
+def written_aside(target: str) -> Iterator[str]:
+    """A path beside `target` to write to; it is renamed to `target` at the end.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
     aside = os.path.join(
         os.path.dirname(target), f".{os.path.basename(target)}.{os.getpid()}-{uuid.uuid4().int % 10**9}"
     )
-    stayed = removed = 0
-    codec = file.metadata.row_group(0).column(0).compression if file.num_row_groups else "SNAPPY"
     try:
-        with pq.ParquetWriter(aside, schema or file.schema_arrow, compression=codec) as writer:
-            for group in _groups(file):
-                gone = matches(group, path)
-                kept = revise(group.filter(pa.array(~gone)))
-                stayed, removed = stayed + len(kept), removed + int(gone.sum())
-                if len(kept):
-                    writer.write_table(kept)
+        yield aside
         durable.rename(aside, target)
     except OSError as error:
+        raise StoreError("The files of a source can be written", f"{target}: {error.strerror or error}", FIX) from None
+    finally:
         with contextlib.suppress(OSError):
             os.remove(aside)
-        raise StoreError(
-            "The files of a source must be writable", f"{target}: {error.strerror or error}", FIX
-        ) from None
-    return stayed, removed
 
 
 def rewrite_delta(

@@ -21,7 +21,7 @@ from schemas.views import FeatureView, lifetime_sources
 from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, FOREVER, day_of, now_us
 from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
-from transforms.sources.inventory import source_files
+from transforms.sources.inventory import HAS_FILES, source_files
 from transforms.sources.listing import require_unchanged
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file, write_files
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
@@ -126,7 +126,7 @@ class Handover:
         try:
             source_files(self.root, live_sources(self.view)[name])
         except DataError as error:
-            if error.rule.endswith("must have Parquet files"):
+            if error.rule.endswith(HAS_FILES):
                 return False
             raise
         return True

@@ -18,7 +18,7 @@ from transforms.features.block_inputs import concat_reads, distinct_by_key
 from transforms.records.times import ALWAYS, day_number, days_in, midnight, now_us
 from transforms.sources.contracts import Contract
 from transforms.sources.dead_letters import as_message_dead_letters
-from transforms.sources.inventory import Slice, source_files, survey_files, version_of
+from transforms.sources.inventory import source_files, spine_contract, survey_files, version_of
 from transforms.sources.listing import Listing
 from transforms.sources.reader import (
     READ_CHUNK_ROWS,
@@ -28,7 +28,8 @@ from transforms.sources.reader import (
     stream_slices,
     without_repeats,
 )
-from transforms.storage.paths import source_uri
+from transforms.sources.slices import Slice
+from transforms.storage.paths import place_of
 from transforms.streaming.beginnings import HISTORY_PARTITION
 from transforms.streaming.messages import ABSENT, absent_text
 
@@ -70,7 +71,7 @@ class HistoryFiles:
         """The files of the source `name` under the folder `root`."""
         source = live_sources(view)[name]
         if source is view.spine:
-            contract = Contract(source, tuple(source.schema), tuple(view.key), now_us())
+            contract = spine_contract(view, now_us())
         else:
             contract = Contract(
                 source, tuple(view.columns_read(name)), now=now_us(), ordering=view.columns_ordering(name)
@@ -152,6 +153,6 @@ def _version_text(root: str, source: Source, version: int | None, slices: Sequen
     if version is not None:
         return f"version {version}"
     stamps = {each.path: each.stamp for each in slices}
-    folder = len(source_uri(root, source.name))
+    folder = len(place_of(root, source))
     listed = [f"{path[folder:]} {stamps.get(path, '')}" for path in source_files(root, source)]
     return f"files {hashlib.sha256(chr(10).join(listed).encode()).hexdigest()[:16]}"

@@ -28,6 +28,7 @@ from schemas.sources import Source
 from transforms.records.columns import moments_of, select, with_series
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import IN_YEARS, Contract, all_in_years, check_rows, outside_years
+from transforms.sources.conversions import Reading, converted, problem_free
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.avro_messages import MAGIC, avro_rows, check_avro
 from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits, check_arrow, check_json, read_arrow
@@ -127,7 +128,7 @@ def decode_topic(
     frames, dead_letters = _frames(source, rows, limits)
     kept = _empty(source)
     if frames:
-        whole = frames[0] if len(frames) == 1 else pl.concat(frames)
+        whole = frames[0] if len(frames) == 1 else _concat(frames)
         kept, broken = check_rows(_plausible(source), whole)
         if len(broken):
             dead_letters.append(located(source, whole, broken))
@@ -142,6 +143,12 @@ def decode_topic(
         mine = broken.filter(pl.col("partition") == number) if len(broken) and len(partitions) > 1 else broken
         result.append(Decoded(kept[int(start) : int(end)], pl.concat([mine, *more]) if more else mine, until))
     return result
+
+
+def _concat(frames: list[pl.DataFrame]) -> pl.DataFrame:
+    """Frames of which some may have the columns `PROBLEM`."""
+    alike = len({"__rule" in each.columns for each in frames}) == 1
+    return pl.concat(frames, how="vertical" if alike else "diagonal")
 
 
 @functools.lru_cache(256)
@@ -225,15 +232,25 @@ def _from_arrow(source: Source, messages: Sequence[Message], limits: MessageLimi
             pl.from_arrow(whole.select([name for name in source.schema if name in whole.schema.names]))
         )
         absent = [name for name in source.schema if name not in frame.columns]
-        columns = [
-            _declared(frame[name], dtype)
-            if name in frame.columns
-            else pl.Series(name, [None], dtype).new_from_index(0, len(frame))
+        there = [
+            frame[name] if name in frame.columns else pl.Series(name, [None], dtype).new_from_index(0, len(frame))
             for name, dtype in source.schema.items()
         ]
-        columns.append(pl.Series(ABSENT, [absent_text(absent)], pl.String).new_from_index(0, len(frame)))
-        parts.append(pl.DataFrame(columns))
-    return _with_origin(parts[0] if len(parts) == 1 else pl.concat(parts), messages, [len(table) for table in tables])
+        columns = converted(pl.DataFrame(there), source.schema, _reading(source), (), _weights(source))
+        text = pl.Series(ABSENT, [absent_text(absent)], pl.String).new_from_index(0, len(frame))
+        parts.append(with_series(columns, [text]))
+    whole = parts[0] if len(parts) == 1 else _concat(parts)
+    return _with_origin(whole, messages, [len(table) for table in tables])
+
+
+def _reading(source: Source) -> Reading:
+    """How times of messages are read: which instant a local time is that occurs twice, nobody can tell."""
+    return Reading(source.zone, source.unit, None)
+
+
+def _weights(source: Source) -> dict[str, int]:
+    """Every declared column counts; those first that decide whether a row is the source's."""
+    return {name: place for place, name in enumerate(dict.fromkeys([*source.columns_of_where, *source.schema]))}
 
 
 @functools.lru_cache(1024)
@@ -250,10 +267,6 @@ def absent_text(columns: Iterable[str]) -> str | None:
     """
     names = list(columns)
     return json.dumps(names, separators=(",", ":")) if names else None
-
-
-def _declared(series: pl.Series, dtype: pl.DataType) -> pl.Series:
-    return series if series.dtype == dtype else series.cast(dtype)
 
 
 def _in_microseconds(table: pa.Table) -> pa.Table:
@@ -309,6 +322,8 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[object])
     """Python values as a column of exactly `dtype`; times may be ISO 8601 text."""
     allowed = _JSON_TYPES.get(type(dtype)) or ({int} if dtype.is_integer() else {int, float})
     found = set(map(type, values)) - {type(None)}
+    if isinstance(dtype, pl.Datetime) and source.unit is not None and found <= {str, int, float}:
+        return _moments(source, name, [each if each is None else str(each) for each in values])
     if (
         found == {datetime}
         and isinstance(dtype, pl.Datetime)
@@ -333,6 +348,8 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[object])
             raise ContractError(
                 f"Source {source.name!r}: column {name!r} must be {dtype}", "it has a number beyond it", ""
             ) from None
+    if isinstance(dtype, pl.Datetime) and source.zone is not None:
+        return _moments(source, name, values)
     series = pl.Series(name, values, pl.String if dtype.is_temporal() else dtype)
     if dtype.is_temporal():
         parsed = (
@@ -347,6 +364,16 @@ def _column(source: Source, name: str, dtype: pl.DataType, values: list[object])
             )
         return parsed
     return series
+
+
+def _moments(source: Source, name: str, values: list[object]) -> pl.Series:
+    """Times as text, or as numbers in the source's unit, by the rules of its files."""
+    frame = pl.DataFrame([pl.Series(name, values, pl.String)])
+    found = converted(frame, {name: source.schema[name]}, _reading(source))
+    if not problem_free(found):
+        rule, value = found.filter(pl.col("__rule").is_not_null()).row(0)[-2:]
+        raise ContractError(f"Source {source.name!r}: {name!r}: {rule}", repr(value), "")
+    return found[name]
 
 
 def _avro_rows(source: Source, message: Message, limits: MessageLimits) -> list[object]:

@@ -21,7 +21,8 @@ from transforms.records.arrays import Ints
 from transforms.records.row_hashing import combine_hashes, hash_column, hash_columns, mix_bits
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import survey_files
+from transforms.sources.conversions import without_problems
+from transforms.sources.inventory import spine_contract, survey_files
 from transforms.sources.listing import require_unchanged
 from transforms.sources.reader import read_raw
 from transforms.streaming.messages import Message, heartbeat, to_arrow, to_json
@@ -73,10 +74,13 @@ def stream_digests(view: FeatureView, replay: Replay) -> dict[str, str]:
 def _read(view: FeatureView, replay: Replay) -> dict[str, pl.DataFrame]:
     """The rows of each source."""
     found = {
-        name: survey_files(replay.root, Contract(source, tuple(source.schema)))
+        name: survey_files(
+            replay.root, spine_contract(view) if source is view.spine else Contract(source, tuple(source.schema))
+        )
         for name, source in live_sources(view).items()
     }
-    frames = {name: read_raw(each.contract, each.slices) for name, each in found.items()}
+    # A row that cannot be read from its file cannot be sent either.
+    frames = {name: without_problems(read_raw(each.contract, each.slices)) for name, each in found.items()}
     return require_unchanged(frames, [listing for each in found.values() for listing in each.listings])
 
 

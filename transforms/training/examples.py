@@ -24,9 +24,11 @@ from schemas.splits import LABEL, LABEL_TIME, SPLITS, GroupSplit, Split
 from transforms.records.record_batches import batch, frame
 from transforms.records.times import midnight
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import Slices, survey_files
+from transforms.sources.conversions import Twice
+from transforms.sources.inventory import survey_files
 from transforms.sources.listing import Listing, require_unchanged
 from transforms.sources.reader import ReadOptions, read_slices, repeats_of, without_repeats
+from transforms.sources.slices import Slices
 from transforms.storage.date_spans import TABLE_READ_ERRORS
 from transforms.storage.delta_tables import DataFile, write_file_atomically
 from transforms.storage.file_systems import FileSystems, require_regular
@@ -174,7 +176,11 @@ def plan_examples(tables: Sequence[Sequence[DataFile]], request: ExampleRequest)
         ContractError: a file of the label's source cannot be read as declared.
     """
     model, split, label = request.model, request.split, request.model.label
-    contract = Contract(label.source, _columns_read(model), now=request.now, ordering=_columns_ordering(model))
+    # An event is known at the later of two instants; of a spine row, which is asked at the earlier, it cannot be told.
+    twice: Twice = None if label.source.name == model.view.spine.name else "latest"
+    contract = Contract(
+        label.source, _columns_read(model), now=request.now, ordering=_columns_ordering(model), twice=twice
+    )
     surveyed = survey_files(request.sources, contract, request.version)
     contract, slices = surveyed.contract, surveyed.slices
     parts = list(joined_groups([[file for file in each if _midnight(file.date) < split.cutoff] for each in tables]))
@@ -205,6 +211,7 @@ def _columns_read(model: Model) -> tuple[str, ...]:
         | {source.time, source.event_time}
     )
     used |= set(source.unique or ()) | (set(source.schema) if source.order is None else set(source.order))
+    used |= {*source.columns_of_where}
     return tuple(name for name in source.schema if name in used)
 
 

@@ -27,7 +27,7 @@ from transforms.sources.inventory import version_of
 from transforms.storage.delta_tables import DataFile, data_files
 from transforms.storage.feature_tables import open_feature_table
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.paths import features_uri, source_uri
+from transforms.storage.paths import features_uri, place_of
 from transforms.training.examples import EXAMPLES_FOLDER, ExamplePlan, ExampleRequest, plan_examples
 from transforms.training.hyperparameter_search import first_trials
 from transforms.training.xgboost_checks import require_known
@@ -171,7 +171,7 @@ def _provenance_of_features(
 
 def _provenance_of_labels(request: TrainingRequest, plan: ExamplePlan, version: int | None) -> ProvenanceRecord:
     """Manifest entries of the label's source and of the splits."""
-    root = source_uri(request.sources, request.model.label.source.name)
+    root = place_of(request.sources, request.model.label.source)
     paths = {each.path for block in plan.blocks for each in block.events}
     found: ProvenanceRecord = {}
     if version is None:

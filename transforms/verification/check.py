@@ -16,7 +16,7 @@ from schemas.features import Latest, Trailing
 from schemas.views import FeatureView
 from transforms.records.times import midnight
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import Slice
+from transforms.sources.slices import Slice
 from transforms.storage.delta_tables import DataFile
 from transforms.verification.plain_features import recompute
 from transforms.verification.plain_sources import EVER, Files, Tables, TooManyRows, spine_rows

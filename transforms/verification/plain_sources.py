@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from schemas.errors import ContractError
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.arrays import Bools, Ints
-from transforms.sources.contracts import Contract, check_rows
-from transforms.sources.inventory import Slice, open_stamped, stamp_of
+from transforms.sources.contracts import READ_ERRORS, Contract, check_rows, not_whole
+from transforms.sources.conversions import with_problems
+from transforms.sources.data_files import DataFile, open_file, stamp_of
+from transforms.sources.slices import Slice
 
 # Rows of a source in memory before they are reduced to those that are needed.
 PIECE = 500_000
@@ -93,10 +93,10 @@ class Files:
                 held.append(frame)
                 count += len(frame)
                 if count >= PIECE:
-                    yield pl.concat(held)
+                    yield pl.concat(with_problems(held))
                     held, count = [], 0
         if held:
-            yield pl.concat(held)
+            yield pl.concat(with_problems(held))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,7 +165,11 @@ def dimension_row_of_each(tables: Tables, name: str, keys: Sequence[str], values
     columns = list(contract.source.schema)
     wanted = values.drop_nulls().unique()
     parts = [rows.join(wanted, on=list(keys), how="semi") for rows in tables.rows(name, columns)]
-    good = check_rows(contract, pl.concat(parts))[0] if parts else pl.DataFrame(schema=contract.source.schema)
+    good = (
+        check_rows(contract, pl.concat(with_problems(parts)))[0]
+        if parts
+        else pl.DataFrame(schema=contract.source.schema)
+    )
     by = [column for column in columns if column in good.columns]
     return good.sort(by).unique(keys, keep="first", maintain_order=True)
 
@@ -180,7 +184,7 @@ def _kept(
             raise TooManyRows
     if not kept:
         return pl.DataFrame(schema=contract.source.schema)
-    return check_rows(contract, pl.concat(kept))[0]
+    return check_rows(contract, pl.concat(with_problems(kept)))[0]
 
 
 def _seen(source: Source, frame: pl.DataFrame, wanted: Sequence[Wanted]) -> pl.DataFrame:
@@ -209,12 +213,11 @@ def _each_once(
     found = [piece.join(values, on=names, how="semi") for piece in tables.rows(source.name, some, moments)]
     if not found:
         return kept
-    repeated = pl.concat(found).group_by(names).len().filter(pl.col("len") > 1).select(names)
+    repeated = pl.concat(with_problems(found)).group_by(names).len().filter(pl.col("len") > 1).select(names)
     if not len(repeated):
         return kept
-    rows = pl.concat(
-        [piece.join(repeated, on=names, how="semi") for piece in tables.rows(source.name, list(source.schema), moments)]
-    )
+    pieces = tables.rows(source.name, list(source.schema), moments)
+    rows = pl.concat(with_problems([piece.join(repeated, on=names, how="semi") for piece in pieces]))
     good = check_rows(contract, rows)[0]
     by = list(dict.fromkeys([str(source.time), *(source.order or ()), *source.schema]))
     first = good.sort(by).unique(names, keep="first", maintain_order=True)
@@ -255,19 +258,15 @@ def _read(
         wanted: nothing is read where by its times no row is within reach; None reads it in any case.
     """
     source = contract.source
-    file, stamp = open_stamped(each.path, source)
+    file = open_file(each.path, source)
     times = [name for name in (source.time, source.event_time) if name is not None]
     try:
         # The times are read even if the footer has nothing within reach: footers are not trusted here.
         if wanted is None or any(_any_within(source, frame, wanted) for frame in _pieces(contract, file, each, times)):
             yield from _pieces(contract, file, each, columns)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ContractError(
-            f"Source {source.name!r}: every file must be complete Parquet",
-            f"{each.path}: {str(error).splitlines()[0]}",
-            "Write the file again, or remove it",
-        ) from None
-    if each.stamp and (stamp or stamp_of(each.path)) != each.stamp:
+    except READ_ERRORS as error:
+        raise not_whole(source, each.path, error) from None
+    if each.stamp and stamp_of(each.path) != each.stamp:
         raise ContractError(
             f"Source {source.name!r}: its files must not change while a run reads them",
             f"{each.path} was replaced",
@@ -280,24 +279,24 @@ def _any_within(source: Source, frame: pl.DataFrame, wanted: Sequence[Wanted]) -
     return any(one.within(known, placed).any() for one in wanted)
 
 
-def _pieces(contract: Contract, file: pq.ParquetFile, each: Slice, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    """Columns of a row group in declared types; a declared column that the view does not need may be missing, and then
-    is null.
+def _pieces(contract: Contract, file: DataFile, each: Slice, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """Columns of a row group in declared types, and those in which problems are named; a declared column that the view
+    does not need may be missing, and is null.
     """
-    types, names = contract.source.schema, file.schema_arrow.names
-    given: Mapping[str, object] = {} if contract.partitions is None else contract.partitions.types
-    if contract.partitions is not None:  # older files may have a column that was removed from a Delta table
+    types, names = contract.source.schema, file.schema.names
+    given: Mapping[str, object] = (
+        contract.given(each.path) if contract.partitions is None else contract.partitions.types
+    )
+    if contract.partitions is not None:  # a column that was removed from a Delta table may be in its older files
         names = [name for name in names if name in contract.partitions.columns]
     there = [name for name in columns if name in contract.columns or name in names or name in given]
     missing = [pl.lit(None, types[name]).alias(name) for name in columns if name not in there]
-    # A contract of exactly these columns: a run may read more columns than it checks.
-    rules = Contract(contract.source, tuple(there), contract.required, contract.now, contract.partitions)
-    inside = [name for name in there if name in names]
-    parts = (
-        [file.read_row_group(each.group, inside)]
-        if each.rows <= PIECE
-        else (pa.Table.from_batches([batch]) for batch in file.iter_batches(PIECE, [each.group], inside))
+    # Exactly these columns, judged by those that a run judges by.
+    judged = tuple(name for name in there if name in contract.columns)
+    rules = dataclasses.replace(
+        contract, columns=judged, ordering=tuple(name for name in there if name not in contract.columns)
     )
-    for part in parts:
+    inside = [name for name in rules.by_weight if name in names]
+    for part in [file.read([each], inside)] if each.rows <= PIECE else file.parts(each, PIECE, inside):
         frame = rules.cast(part, each.path)
-        yield frame.with_columns(missing).select(columns) if missing else frame
+        yield frame.with_columns(missing) if missing else frame
