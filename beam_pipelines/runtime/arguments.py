@@ -19,6 +19,21 @@ from schemas.errors import DefinitionError, nearest
 MAX_DEAD_FRACTION = 0.5
 
 
+class _FirstAndAll(argparse.Action):
+    """Keeps the first value of a flag under its name, and all values under its plural."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        every = [*getattr(namespace, f"{self.dest}s", []), values]
+        setattr(namespace, self.dest, every[0])
+        setattr(namespace, f"{self.dest}s", every)
+
+
 class Arguments(argparse.ArgumentParser):
     """An argparse parser that passes unknown flags on to Beam, unless one is almost a flag of Millrace.
 
@@ -32,14 +47,21 @@ class Arguments(argparse.ArgumentParser):
         description: what the command does.
         definition: whether --definition is required; None means that there is no such flag.
         beam: whether the command launches a pipeline, and so has --run_id and accepts flags for Beam.
+        several: whether --definition may be repeated; `definition` is then the first one, and `definitions` all.
     """
 
-    def __init__(self, prog: str, description: str, definition: bool | None = True, beam: bool = True) -> None:
+    def __init__(
+        self, prog: str, description: str, definition: bool | None = True, beam: bool = True, several: bool = False
+    ) -> None:
         beyond = "Any other flag goes to Beam: --runner, --job_endpoint, --project, …" if beam else None
         super().__init__(prog=prog, description=description, allow_abbrev=False, epilog=beyond)
         if definition is not None:
             text = "module or .py file that names `view` and `model`"
-            self.add_argument("--definition", required=definition, help=text)
+            if several:
+                more = f"{text}; repeated: a job of several views, the newest definition first"
+                self.add_argument("--definition", required=definition, action=_FirstAndAll, help=more)
+            else:
+                self.add_argument("--definition", required=definition, help=text)
         self.add_argument(
             "--store",
             required=True,

@@ -10,7 +10,7 @@ import polars as pl
 from schemas.live import repeats_by
 from schemas.views import FeatureView
 from transforms.records.times import ALWAYS, FOREVER
-from transforms.streaming.fates import comparison_span, known_columns, known_order
+from transforms.streaming.fates import WindowReach, known_columns, known_order
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID
 from transforms.streaming.time_buckets import MINUTE, SLOTS, TimeBuckets, key_hashes
 
@@ -42,14 +42,15 @@ class RepeatFinder:
         view: the view.
         name: name of the source.
         memory: for how long (µs) repeats are recognised.
+        reach: how far the windows of all views of the job reach back over the source.
     """
 
-    def __init__(self, view: FeatureView, name: str, memory: int) -> None:
-        self.view, self.name, self.memory = view, name, memory
+    def __init__(self, view: FeatureView, name: str, memory: int, reach: WindowReach) -> None:
+        self.view, self.name, self.memory, self.reach = view, name, memory, reach
         self.unique = list(repeats_by(view, name))
         self.order = known_order(view, name)
-        reach = max([0, *(view.reach(each) for each in view.events)])
-        self.store = TimeBuckets(self.order.time, max(2 * reach // (SLOTS - 2), MINUTE))
+        longest = max([0, *(view.reach(each) for each in view.events)])
+        self.store = TimeBuckets(self.order.time, max(2 * longest // (SLOTS - 2), MINUTE))
 
     def restore(self, rows: pl.DataFrame, counts: pl.Series) -> None:
         """Adds accepted events, and whether they count."""
@@ -66,7 +67,7 @@ class RepeatFinder:
         """
         whole, uncompared = rows, pl.Series(RID, [], pl.Int64)
         if horizon > ALWAYS:
-            bound = horizon - comparison_span(self.view, self.name, self.memory)
+            bound = horizon - self.reach.comparison_span(self.memory)
             old = rows[self.order.time].to_physical() < bound
             uncompared, rows = rows.filter(old)[RID], rows.filter(~old)
         hashes = key_hashes(rows, self.unique)

@@ -7,14 +7,14 @@ known, or after a seeded random delay.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import apache_beam as beam
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from schemas.live import live_sources
+from schemas.live import joined_sources
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.row_hashing import hash_column, mix_bits
@@ -54,21 +54,23 @@ class Replay:
     format: str = "arrow"
 
 
-def chunks(view: FeatureView, replay: Replay) -> Iterator[list[Message]]:
+def chunks(views: Sequence[FeatureView], replay: Replay) -> Iterator[list[Message]]:
     """The messages, chunk by chunk; the last chunk has the heartbeats that end each partition."""
     found = {
         name: survey_files(replay.root, Contract(source, tuple(source.schema)))
-        for name, source in live_sources(view).items()
+        for name, source in joined_sources(views).items()
     }
     frames = {name: read_raw(each.contract, each.slices) for name, each in found.items()}
     require_unchanged(frames, [listing for each in found.values() for listing in each.listings])
-    yield from chunks_of(view, frames, replay)
+    yield from chunks_of(views, frames, replay)
 
 
-def chunks_of(view: FeatureView, frames: Mapping[str, pl.DataFrame], replay: Replay) -> Iterator[list[Message]]:
+def chunks_of(
+    views: Sequence[FeatureView], frames: Mapping[str, pl.DataFrame], replay: Replay
+) -> Iterator[list[Message]]:
     """As `chunks`, from rows in memory."""
     random = np.random.default_rng(replay.seed)
-    topics = [_Topic.of(live_sources(view)[name], frame, replay, random) for name, frame in frames.items()]
+    topics = [_Topic.of(joined_sources(views)[name], frame, replay, random) for name, frame in frames.items()]
     numbers = np.unique(np.concatenate([topic.arrived // replay.chunk for topic in topics]))
     for number in numbers.tolist():
         start = number * replay.chunk
@@ -149,8 +151,8 @@ def _known(source: Source, frame: pl.DataFrame) -> Ints:
 class SendChunks(beam.DoFn):
     """Impulse → (number, messages) per chunk."""
 
-    def __init__(self, view: FeatureView, replay: Replay) -> None:
-        self.view, self.replay = view, replay
+    def __init__(self, views: Sequence[FeatureView], replay: Replay) -> None:
+        self.views, self.replay = tuple(views), replay
 
     def process(self, _: bytes) -> Iterator[tuple[int, list[Message]]]:
-        yield from enumerate(chunks(self.view, self.replay))
+        yield from enumerate(chunks(self.views, self.replay))
