@@ -46,6 +46,10 @@ COMMANDS = {
         "beam_pipelines.commands.models:register",
         "register a model that was trained while the registry could not be reached",
     ),
+    "test": (
+        "beam_pipelines.commands.run_tests:test",
+        "run the tests beside a definition, in a moment and without Beam",
+    ),
     "new": ("beam_pipelines.commands.new", "write a definition that runs as it is"),
 }
 USAGE = (

@@ -15,19 +15,21 @@ import pyarrow as pa
 from apache_beam.pvalue import AsSingleton
 
 from beam_pipelines.runtime.errors import guard
-from beam_pipelines.runtime.features_arguments import FeaturesOptions, parse
+from beam_pipelines.runtime.features_arguments import FeaturesOptions, parse_each
+from beam_pipelines.runtime.features_arguments import parse as parse
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.plan_text import prepared_lines
 from beam_pipelines.runtime.run_report import Run, execute, log, read_json, write_json
 from beam_pipelines.runtime.trained_models import models_trained_on
 from transforms.features.history_snapshots import HistorySnapshots
 from transforms.features.manifest_store import WriteManifest
-from transforms.features.preparation import PreparedRun, prepare_features
+from transforms.features.preparation import PreparedRun, computed_together, prepare_features
+from transforms.features.shared_blocks import SharedFeatures, ViewPart
 from transforms.features.trailing_features import TrailingFeatures
 from transforms.records.times import day_of
 from transforms.sources.dead_letters import DEAD_LETTERS, UNDATED
 from transforms.sources.listing import require_unchanged
-from transforms.sources.tallies import SourceTally, add_tallies, require_conserved
+from transforms.sources.tallies import SourceTally, add_tallies, require_conserved, rows_loaded
 from transforms.storage.date_spans import partition_days
 from transforms.storage.delta_tables import (
     CommitTarget,
@@ -38,7 +40,7 @@ from transforms.storage.delta_tables import (
     open_table,
     write_files,
 )
-from transforms.storage.file_systems import FileSystems
+from transforms.storage.feature_tables import lost_commit
 from transforms.storage.paths import dead_letters_uri
 from transforms.storage.table_transforms import CommitFiles, WriteFiles, WriteTable
 from transforms.validation.publish_check import AlsoChecked, CheckedRun, PublishCheck, Validate, make_check
@@ -122,31 +124,60 @@ class Computed:
 
 def build(pipeline: beam.Pipeline, options: FeaturesOptions, work: PreparedRun) -> None:
     """Builds the graph: blocks → features, dead letters and tallies → files → one commit each."""
+    publish(pipeline, options, work, compute(pipeline, options, work))
+
+
+def build_together(pipeline: beam.Pipeline, works: Sequence[tuple[FeaturesOptions, PreparedRun]]) -> None:
+    """Builds the graph of several views that are computed together; the labels of a view's steps begin with its name.
+
+    Args:
+        works: views with their prepared runs, as `computed_together` groups them.
+    """
+    parts = tuple(ViewPart(options.view, work.required_plan, work.copies) for options, work in works)
+    blocks = pipeline | "Blocks" >> beam.Create(list(zip(*(part.plan.blocks for part in parts), strict=True)))
+    computed = blocks | "Features" >> SharedFeatures(parts)
+    for (options, work), outputs in zip(works, computed, strict=True):
+        publish(pipeline, options, work, Computed(*outputs), f"{options.view.name}: ")
+
+
+def publish(
+    pipeline: beam.Pipeline, options: FeaturesOptions, work: PreparedRun, computed: Computed, label: str = ""
+) -> None:
+    """Adds the steps from feature rows to the commit.
+
+    Args:
+        label: the beginning of the steps' labels.
+    """
     view, targets = options.view, Targets.of(options, work)
-    computed = compute(pipeline, options, work)
-    tallied = AsSingleton(computed.tallies | "Tally" >> beam.CombineGlobally(add_tallies))
+    tallied = AsSingleton(computed.tallies | f"{label}Tally" >> beam.CombineGlobally(add_tallies))
     write = WriteFiles(targets.features.uri, targets.features.run_id, days=targets.features.days)
-    files = computed.features | "Write" >> write
-    counted = files | "Conserve" >> beam.Map(require_conserved, tallied, view.spine.name)
-    verified = AsSingleton(counted | "Verify" >> beam.Map(verify_written, verification(options, work)))
-    counted = counted | "AfterVerify" >> beam.Map(first_of, verified)
-    carried = pipeline | "Carried" >> beam.Create([work.carried.batch] if len(work.carried.rows) else [])
+    files = computed.features | f"{label}Write" >> write
+    counted = files | f"{label}Conserve" >> beam.Map(require_conserved, tallied, view.spine.name)
+    verified = AsSingleton(counted | f"{label}Verify" >> beam.Map(verify_written, verification(options, work)))
+    counted = counted | f"{label}AfterVerify" >> beam.Map(first_of, verified)
+    carried = pipeline | f"{label}Carried" >> beam.Create([work.carried.batch] if len(work.carried.rows) else [])
     carried.element_type = pa.RecordBatch
-    dead_letters = (computed.dead_letters, carried) | "WithCarried" >> beam.Flatten()
-    rejected = AsSingleton(dead_letters | "DeadLetters" >> WriteTable(targets.dead_letters))
+    dead_letters = (computed.dead_letters, carried) | f"{label}WithCarried" >> beam.Flatten()
+    rejected = AsSingleton(dead_letters | f"{label}DeadLetters" >> WriteTable(targets.dead_letters))
     # Dead letters are committed first: a run that is killed in between is repeated, but dates that were committed
     # would not be computed again for their dead letters.
-    counted = counted | "AfterLetters" >> beam.Map(first_of, rejected)
-    counted = counted | "SourcesUnchanged" >> beam.Map(require_unchanged, work.required_inventory.listings)
+    counted = counted | f"{label}AfterLetters" >> beam.Map(first_of, rejected)
+    counted = counted | f"{label}SourcesUnchanged" >> beam.Map(require_unchanged, work.required_inventory.listings)
     sides, manifest = (tallied, *computed.history), targets.manifest
     if options.rules is None:
-        committed = counted | "Commit" >> CommitFiles(targets.features, manifest, sides)
+        committed = counted | f"{label}Commit" >> CommitFiles(targets.features, manifest, sides)
     else:
-        statistics = computed.features | "Statistics" >> Statistics(view_columns(view))
-        checked = AsSingleton(statistics | "Validate" >> Validate(publish_check(options, work), tallied, rejected))
-        committed = counted | "Commit" >> CommitFiles(targets.features, AlsoChecked(manifest), (*sides, checked))
-    account = FileSystems.join(options.folder, "account.json")
-    _ = committed | "Account" >> beam.Map(write_account, tallied, rejected, verified, account, len(work.carried.rows))
+        statistics = computed.features | f"{label}Statistics" >> Statistics(view_columns(view))
+        checked = AsSingleton(
+            statistics | f"{label}Validate" >> Validate(publish_check(options, work), tallied, rejected)
+        )
+        committed = counted | f"{label}Commit" >> CommitFiles(
+            targets.features, AlsoChecked(manifest), (*sides, checked)
+        )
+    carried_rows = len(work.carried.rows)
+    _ = committed | f"{label}Account" >> beam.Map(
+        write_account, tallied, rejected, verified, options.account, carried_rows
+    )
 
 
 def compute(pipeline: beam.Pipeline, options: FeaturesOptions, work: PreparedRun) -> Computed:
@@ -182,7 +213,7 @@ def publish_check(options: FeaturesOptions, work: PreparedRun) -> PublishCheck:
         run_id=options.run_id,
         ranges=tuple((day_of(first), day_of(last - 1)) for first, last in plan.ranges),
         dead_letters=dead_letters_uri(options.store, "features"),
-        command=f"--definition {options.definition.name} --store {options.store}",
+        command=f"{options.definition.flags} --store {options.store}",
     )
     return make_check(options.rules, run)
 
@@ -218,6 +249,7 @@ def write_account(
             "rows_out": committed.rows,
             "set_aside": rejected.rows - carried,
             "sources": {name: tally.counts for name, tally in tallies.items()},
+            "rows_read": rows_loaded(tallies),
             "files": committed.files,
             "dates": len(committed.dates),
             "commit_version": committed.version,
@@ -231,34 +263,68 @@ def main(argv: Sequence[str]) -> int:
     """Runs the pipeline and returns 0 when the features are committed. For `--streaming` see `features_streaming`."""
     if "--streaming" in argv:
         return int(importlib.import_module("beam_pipelines.features_streaming").main(argv))
-    options = parse(argv)
-    with Run("features", options.run_id, options.folder) as run:
-        run.where = options.table
-        log.info("listing the sources under %s", options.sources)
-        work = prepare(options)
-        for note in work.stale.notes:
-            log.warning(note)
-        if work.outdated:
-            warn_of_outdated_models(run, options, work)
-        if work.plan is None:
-            commit_carried(options, work)
-            run.update(nothing_to_do(work))
+    every = parse_each(argv)
+    one = every[0]
+    with Run("features", one.run_id, one.folder) as run:
+        run.where = one.table if len(every) == 1 else f"views {', '.join(each.view.name for each in every)}"
+        log.info("listing the sources under %s", one.sources)
+        figures: dict[str, dict[str, object]] = {}
+        for group in computed_together([(options, prepare_view(options)) for options in every]):
+            figures |= compute_views(run, group)
+        if len(every) == 1:
+            run.update(figures[one.view.name])
         else:
-            run.where += f", dates {day_of(work.plan.start)} to {day_of(work.plan.end - 1)}"
-            for line in prepared_lines(options.view, work):
-                log.info(line)
-            pipeline = batch_pipeline(options.beam_args)
-            build(pipeline, options, work)
-            execute(pipeline)
-            run.update(read_json(FileSystems.join(options.folder, "account.json")))
-        table = open_table(options.table)
-        rows = 0 if table is None else sum(file.rows for file in data_files(table))
-        run.update({"table": options.table, "table_rows": rows, "fingerprint": options.view.fingerprint})
+            for name in ("rows_in", "rows_out", "set_aside", "dates"):
+                run[name] = sum(int(str(each[name])) for each in figures.values())
+            run["views"] = {options.view.name: figures[options.view.name] for options in every}
     return 0
 
 
+def prepare_view(options: FeaturesOptions) -> PreparedRun:
+    """Decides what to compute of one view, and warns of what was found."""
+    work = prepare(options)
+    if work.base is not None and (lost := lost_commit(options.table, work.base)):
+        log.warning("the log of %s has lost its newest commits: %s", options.table, lost)
+    for note in work.stale.notes:
+        log.warning(note)
+    return work
+
+
+def compute_views(run: Run, works: Sequence[tuple[FeaturesOptions, PreparedRun]]) -> dict[str, dict[str, object]]:
+    """Computes the features of views in one pipeline, if there is anything to compute, and returns their figures."""
+    run.where = ", ".join(options.table for options, _ in works)
+    found = {
+        options.view.name: warn_of_outdated_models(options, work) if work.outdated else {} for options, work in works
+    }
+    options, work = works[0]
+    if work.plan is None:
+        commit_carried(options, work)
+        found[options.view.name] |= nothing_to_do(work)
+    else:
+        run.where += f", dates {day_of(work.plan.start)} to {day_of(work.plan.end - 1)}"
+        if len(works) > 1:
+            log.info("computed together: %s", ", ".join(each.view.name for each, _ in works))
+        for line in prepared_lines(options.view, work):
+            log.info(line)
+        pipeline = batch_pipeline(options.beam_args)
+        if len(works) == 1:
+            build(pipeline, options, work)
+        else:
+            build_together(pipeline, works)
+        execute(pipeline)
+        for each, _ in works:
+            found[each.view.name] |= read_json(each.account)
+    for each, _ in works:
+        table = open_table(each.table)
+        rows = 0 if table is None else sum(file.rows for file in data_files(table))
+        found[each.view.name] |= {"table": each.table, "table_rows": rows, "fingerprint": each.view.fingerprint}
+        if len(works) > 1:
+            found[each.view.name]["computed_with"] = [other.view.name for other, _ in works if other is not each]
+    return found
+
+
 def commit_carried(options: FeaturesOptions, work: PreparedRun) -> None:
-    """Commits the dead letters that have changed, for a run that computes no day."""
+    """Commits the dead letters that have changed, of a run that computes no day."""
     carried, view = work.carried, options.view
     if not carried.dates:
         return
@@ -268,12 +334,12 @@ def commit_carried(options: FeaturesOptions, work: PreparedRun) -> None:
     log.info("dead letters of %d dates outside the run's days are as the files are now", len(carried.dates))
 
 
-def warn_of_outdated_models(run: Run, options: FeaturesOptions, work: PreparedRun) -> None:
+def warn_of_outdated_models(options: FeaturesOptions, work: PreparedRun) -> dict[str, object]:
     """Names the models that were trained on days that an older version may have computed incorrectly."""
     models = models_trained_on(options.store, options.table, work.base)
     for model in models:
         log.warning("trained on such days, so train it again: %s", model)
-    run.update({"outdated_days": len(work.outdated), "models_trained_on_outdated_days": models})
+    return {"outdated_days": len(work.outdated), "models_trained_on_outdated_days": models}
 
 
 def nothing_to_do(work: PreparedRun) -> dict[str, object]:

@@ -78,7 +78,7 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveFeaturesJob]:
     start, end = _microseconds(flags.start), _microseconds(flags.end)
     settings = live_settings(options, sources, flags.shards)
     replay = None
-    if options.replaying:
+    if options.job.replaying:
         assert sources is not None
         replay = Replay(
             sources,
@@ -98,20 +98,20 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveFeaturesJob]:
     joined_sources(views)
     handover = Handover(
         views,
-        options.store,
-        root=None if sources == sources_root(options.store) else sources,
+        options.job.store,
+        root=None if sources == sources_root(options.job.store) else sources,
         start=start,
         keep=settings.keep,
         without=flags.without_history,
         sent=None if replay is None else replay.start,
-        run_id=options.run_id,
+        run_id=options.job.run_id,
     )
     job = LiveFeaturesJob(
         views,
         settings,
         replay,
-        options.broker,
-        options.sinks,
+        options.job.broker,
+        options.job.sinks,
         handover,
         drop=tuple(flags.drop),
         definitions={version_name(each.view): recorded_definition(each) for each in definitions},
@@ -125,18 +125,20 @@ def served_definitions(options: StreamingOptions, flags: argparse.Namespace) -> 
     Raises:
         DefinitionError: one is refused, or the store has not recorded an older version.
     """
-    found = [options.definition, *map(load_definition, flags.definitions[1:])]
-    note = read_note(options.store) if flags.also else None
+    store = options.job.store
+    found = [options.job.definition, *map(load_definition, flags.definitions[1:])]
+    note = read_note(store) if flags.also else None
     for name in flags.also:
         recorded = None if note is None else note.definitions.get(name)
         if recorded is None:
             raise DefinitionError(
                 "--also names a version of a view that was served on the store, as VIEW@FINGERPRINT",
-                f"{name!r}: {options.store} has {', '.join(note.definitions) if note else 'no note'}",
+                f"{name!r}: {store} has {', '.join(note.definitions) if note else 'no note'}",
                 "See features_live/ in the store for the versions that there are",
             )
         with tempfile.TemporaryDirectory() as folder:
-            found.append(load_recorded(recorded.name, recorded.source, recorded.modules, Path(folder)))
+            project = load_recorded(recorded.name, recorded.source, recorded.modules, Path(folder))
+        found.append(project.definition(name.split("@")[0]))
     names = [version_name(each.view) for each in found]
     if again := [name for number, name in enumerate(names) if name in names[:number]]:
         raise DefinitionError("Each version of a view is served once", again[0], "Name it once")
@@ -210,17 +212,17 @@ def live_settings(options: StreamingOptions, sources: str | None, shards: int) -
     """The settings of the engine; in a replay, each micro-batch has its own time."""
     lengths = options.lengths
     return LiveSettings(
-        store=options.store,
-        run_id=options.run_id,
-        dimensions=sources or sources_root(options.store),
+        store=options.job.store,
+        run_id=options.job.run_id,
+        dimensions=sources or sources_root(options.job.store),
         shards=shards,
         keep=lengths["keep"],
-        pace=0 if options.replaying else max(lengths["pace"], 1000),
+        pace=0 if options.job.replaying else max(lengths["pace"], 1000),
         commit_every=lengths["commit_every"],
         dimension_every=lengths["dimension_every"],
-        prefix=options.prefix,
-        table="table" in options.sinks,
-        kafka=None if options.replaying else options.broker,
+        prefix=options.job.prefix,
+        table="table" in options.job.sinks,
+        kafka=None if options.job.replaying else options.job.broker,
     )
 
 
@@ -233,10 +235,10 @@ def sources_folder(options: StreamingOptions, flags: argparse.Namespace) -> str 
     sources: str | None = flags.sources
     if sources and "://" not in sources:
         sources = os.path.abspath(sources)
-    if options.replaying and (sources is None or sources == sources_root(options.store)):
+    if options.job.replaying and (sources is None or sources == sources_root(options.job.store)):
         raise DefinitionError(
             "A replay reads its files from another place than it writes to",
-            f"--sources {sources or 'left out'}, --store {options.store}",
+            f"--sources {sources or 'left out'}, --store {options.job.store}",
             "Name the folder of the files with --sources, and a store that only the live job uses",
         )
     return sources
@@ -245,7 +247,7 @@ def sources_folder(options: StreamingOptions, flags: argparse.Namespace) -> str 
 def build(pipeline: beam.Pipeline, options: StreamingOptions, plan: LiveFeaturesPlan) -> None:
     """The graph: messages → micro-batches → feature rows → topics and tables."""
     envelopes = (
-        replayed_envelopes(pipeline, plan) if options.replaying else envelopes_of_topics(pipeline, options, plan)
+        replayed_envelopes(pipeline, plan) if options.job.replaying else envelopes_of_topics(pipeline, options, plan)
     )
     commits = envelopes | "Live" >> LiveFeatures(plan.job.views, plan.settings, plan.sends)
     _ = commits | "Status" >> beam.Map(write_status, options.status)
@@ -275,15 +277,15 @@ def main(argv: Sequence[str]) -> int:
     """Runs the job until the end of the replay, the end of every partition of the topics, or a signal."""
     options, job = parse(argv)
     job.check_and_claim()
-    with Run("features --streaming", options.run_id, options.folder) as run:
-        if options.replaying:
+    with Run("features --streaming", options.job.run_id, options.folder) as run:
+        if options.job.replaying:
             run_replay(options, job)
         else:
             run_live(options, job)
         status = read_status(options.status)
         figures = live_features_figures(job, status)
         run.update(figures.to_json())
-    figures.check(ended=status.get("last", options.replaying))
+    figures.check(ended=status.get("last", options.job.replaying))
     return 0
 
 
@@ -299,7 +301,7 @@ def run_live(options: StreamingOptions, job: LiveFeaturesJob) -> None:
     pipeline_options = PipelineOptions(["--streaming", *options.beam_args])
     check_connections(job.required_broker(), pipeline_options)
     job.handover.beginnings()  # history is loaded before the first launch, with the default handling of signals
-    compaction = compacting(options.store, FEATURES_TABLES, options.lengths["compact_every"])
+    compaction = compacting(options.job.store, FEATURES_TABLES, options.lengths["compact_every"])
     with stopped_by_signals(), compaction:
         while launch(options, prepare_live_features(job), pipeline_options):
             pass
@@ -319,12 +321,12 @@ def launch(options: StreamingOptions, plan: LiveFeaturesPlan, pipeline_options: 
     text = f"running: turn {plan.start.turn}, reading on from {json.dumps(plan.start.next)}"
     skipped = skipped_in({"counts": plan.start.counts})
     commit_every = options.lengths["commit_every"]
-    reading = Reading(broker, due, options.prefix, options.status, commit_every, skipped)
+    reading = Reading(broker, due, options.job.prefix, options.status, commit_every, skipped)
     if run_until(pipeline, finished, text, reading):
         return True
-    if "topic" in options.sinks and finished():  # so that jobs that read the feature rows end too
+    if "topic" in options.job.sinks and finished():  # so that jobs that read the feature rows end too
         for view in newest_versions(plan.job.views):
-            send_end(broker, topic_of(view, options.prefix))
+            send_end(broker, topic_of(view, options.job.prefix))
     return False
 
 

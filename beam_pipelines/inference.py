@@ -11,12 +11,13 @@ import apache_beam as beam
 import polars as pl
 import pyarrow as pa
 
-from beam_pipelines.runtime.arguments import Arguments, threads
+from beam_pipelines.runtime.arguments import Arguments, run_of_model, threads
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.run_report import Run, execute, read_json, write_json
 from schemas.errors import ContractError, DataError, DefinitionError
-from schemas.loading import load_definition
+from schemas.feature_rows import MISSING
+from schemas.loading import load_project
 from transforms.inference.preparation import InferencePlan, InferenceRequest, prepare_inference
 from transforms.models.registry import registry_uri
 from transforms.models.scoring import Score
@@ -25,6 +26,7 @@ from transforms.records.record_batches import frame
 from transforms.records.row_hashing import row_ids
 from transforms.storage.delta_tables import CommitTarget, Committed, DataFile, commit
 from transforms.storage.file_systems import FileSystems
+from transforms.storage.joined_features import JoinCounts, ReadJoined, add_counts
 from transforms.storage.table_transforms import ReadTable, WriteFiles
 from transforms.storage.tfrecord_io import (
     ReadExamples,
@@ -33,7 +35,7 @@ from transforms.storage.tfrecord_io import (
     publish_tfrecord_files,
 )
 
-Written = list[tuple[DataFile, dict[str, str]]] | list[TFRecordFile]
+PredictionFiles = list[tuple[DataFile, dict[str, str]]] | list[TFRecordFile]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,12 +57,27 @@ class InferenceOptions(InferenceRequest):
 
 
 def parse(argv: Sequence[str]) -> InferenceOptions:
-    """Options from flags.
+    """InferenceOptions from flags that mean one model.
+
+    Raises:
+        DefinitionError: a flag or the definition is refused, or several models are meant.
+    """
+    found = parse_each(argv)
+    if len(found) > 1:
+        names = ", ".join(each.definition.require_model().name for each in found)
+        raise DefinitionError("One model is meant", names, "Choose one with --model")
+    return found[0]
+
+
+def parse_each(argv: Sequence[str]) -> list[InferenceOptions]:
+    """InferenceOptions from flags, of each model that is meant.
+
+    Of several models each has a run of its own, whose id ends in its name.
 
     Raises:
         DefinitionError: a flag or the definition is refused.
     """
-    arguments = Arguments("millrace inference", "Score feature rows with a registered model.")
+    arguments = Arguments("millrace inference", "Score feature rows with registered models.", every="model")
     arguments.add_interval("feature rows")
     arguments.add_argument("--registry", help="MLflow tracking URI (default: SQLite in <store>/registry)")
     arguments.add_argument("--model_version", help="a registered version (default: the champion, as of the launch)")
@@ -75,19 +92,27 @@ def parse(argv: Sequence[str]) -> InferenceOptions:
     if flags.input_tfrecord and (flags.start or flags.end):
         fix = "Leave them out: every example of the files is scored"
         raise DefinitionError("--start and --end choose rows of the feature table", "--input_tfrecord beside them", fix)
-    return InferenceOptions(
-        definition=load_definition(flags.definition),
-        store=flags.store,
-        registry=registry_uri(flags.store, flags.registry),
-        run_id=flags.run_id,
-        start=flags.start,
-        end=flags.end,
-        model_version=flags.model_version,
-        input_tfrecord=flags.input_tfrecord,
-        output_tfrecord=flags.output_tfrecord,
-        threads=flags.threads,
-        beam_args=tuple(rest),
-    )
+    definitions = load_project(flags.definition).each_model(flags.view, flags.model)
+    for name in ("model_version", "input_tfrecord", "output_tfrecord"):
+        if getattr(flags, name) and len(definitions) > 1:
+            models = ", ".join(each.require_model().name for each in definitions)
+            raise DefinitionError(f"--{name} is that of one model", models, "Choose one with --model")
+    return [
+        InferenceOptions(
+            definition=definition,
+            store=flags.store,
+            registry=registry_uri(flags.store, flags.registry),
+            run_id=run_of_model(flags.run_id, definition, len(definitions)),
+            start=flags.start,
+            end=flags.end,
+            model_version=flags.model_version,
+            input_tfrecord=flags.input_tfrecord,
+            output_tfrecord=flags.output_tfrecord,
+            threads=flags.threads,
+            beam_args=tuple(rest),
+        )
+        for definition in definitions
+    ]
 
 
 def plan_inference(options: InferenceOptions) -> InferencePlan:
@@ -97,23 +122,36 @@ def plan_inference(options: InferenceOptions) -> InferencePlan:
 
 def build(pipeline: beam.Pipeline, options: InferenceOptions, plan: InferencePlan) -> None:
     """The graph: features → predictions → files, counted → published at once."""
-    features = pipeline | "Features" >> source(options, plan)
-    read = features | "Rows" >> beam.Map(len) | "Read" >> beam.CombineGlobally(sum)
+    features, counts = source(pipeline, options, plan)
     predicted = features | "Score" >> Score(plan.model, threads=options.threads)
     files = predicted | "Write" >> sink(options, plan)
-    listed = None if options.input_tfrecord else sum(file.rows for file in plan.files)
-    checked = files | "Conserve" >> beam.Map(require_all_scored, beam.pvalue.AsSingleton(read), listed, plan.features)
+    listed = sum(file.rows for file in plan.tables[0]) if len(plan.tables) == 1 else None
+    checked = files | "Conserve" >> beam.Map(require_all_scored, beam.pvalue.AsSingleton(counts), listed, plan.features)
     account = FileSystems.join(options.folder, "account.json")
-    publish = beam.Map(finish, beam.pvalue.AsSingleton(read), options.output_tfrecord, plan.target, account)
+    publish = beam.Map(finish, beam.pvalue.AsSingleton(counts), options.output_tfrecord, plan.target, account)
     _ = checked | "Publish" >> publish
 
 
-def source(options: InferenceOptions, plan: InferencePlan) -> beam.PTransform:
-    """Feature rows: RecordBatches of the plan's columns."""
-    if not options.input_tfrecord:
-        return ReadTable(plan.files, tuple(plan.columns.names))
-    view = options.definition.view
-    return ReadExamples(plan.paths, plan.columns) | "Complete" >> beam.Map(complete, view.name, view.key, view.time)
+def source(
+    pipeline: beam.Pipeline, options: InferenceOptions, plan: InferencePlan
+) -> tuple[beam.PCollection, beam.PCollection]:
+    """Feature rows, as RecordBatches of the plan's columns, and one `JoinCounts` of them."""
+    if len(plan.tables) > 1:
+        features, counts = pipeline | "Features" >> ReadJoined(plan.rows, plan.tables, tuple(plan.columns.names))
+        return features, counts
+    if options.input_tfrecord:
+        view = plan.rows.first
+        examples = ReadExamples(plan.paths, plan.columns)
+        complete_rows = beam.Map(complete, view.name, view.key, view.time)
+        features = pipeline | "Features" >> examples | "Complete" >> complete_rows
+    else:
+        features = pipeline | "Features" >> ReadTable(plan.tables[0], tuple(plan.columns.names))
+    return features, features | "Rows" >> beam.Map(counted) | "Read" >> beam.CombineGlobally(add_counts)
+
+
+def counted(rows: pa.RecordBatch) -> JoinCounts:
+    """The count of rows of one view."""
+    return JoinCounts(rows.num_rows)
 
 
 def sink(options: InferenceOptions, plan: InferencePlan) -> beam.PTransform:
@@ -143,38 +181,40 @@ def complete(batch: pa.RecordBatch, view: str, key: tuple[str, ...], time: str) 
     return to_batch(filled, batch.schema)
 
 
-def require_all_scored(files: Written, read: int, listed: int | None, where: str) -> Written:
-    """Returns `files` if they have one prediction for every feature row that was read, and that the table lists.
+def require_all_scored(files: PredictionFiles, counts: JoinCounts, listed: int | None, where: str) -> PredictionFiles:
+    """`files`, if they hold one prediction for every feature row that was read, and that the table lists.
 
     Args:
-        files: the files that were written.
-        read: number of rows that were read.
-        listed: number of rows in the table's log; None if there is no table. 0: only predictions of rows that are gone
-            are removed.
-        where: what was read.
+        files: written.
+        counts: of the rows that were read; of several views, those that all have are scored.
+        listed: rows by the table's log; None where there is no table, or several. 0: only predictions of rows that
+            are gone are removed.
+        where: they were read.
 
     Raises:
         DataError: the numbers differ; nothing is published.
     """
-    written = _total(files)
+    written, read = _total(files), counts.joined
     if read != written or listed not in (read, None):
         value = f"{read if listed is None else listed} rows listed, {read} read, {written} predictions"
         fix = "Nothing was published; files may have changed while they were read: run the same command again"
         raise DataError("Rows are conserved: one prediction for each feature row", value, fix)
-    if not read and listed is None:
+    if not counts.rows and listed is None:
         raise DataError("There are rows to score", f"none in {where}", "Name files that hold examples")
     return files
 
 
-def _total(files: Written) -> int:
+def _total(files: PredictionFiles) -> int:
     """Number of rows in `files`. Each file counts once: equal rows that were written twice are one file."""
     return sum(file.rows for file in {each if isinstance(each, TFRecordFile) else each[0] for each in files})
 
 
-def finish(files: Written, read: int, prefix: str | None, target: CommitTarget, account: str) -> None:
-    """Makes the predictions visible, and writes the run's figures where the launcher finds them."""
+def finish(files: PredictionFiles, counts: JoinCounts, prefix: str | None, target: CommitTarget, account: str) -> None:
+    """Make the predictions visible, and leave the run's figures where the launcher finds them."""
     count = len({each.path if isinstance(each, TFRecordFile) else each[0].path for each in files})
-    figures: dict[str, object] = {"rows_in": read, "rows_out": _total(files), "set_aside": 0, "files": count}
+    missing = {f"{MISSING}{view}": rows for view, rows in counts.missing.items()}
+    figures: dict[str, object] = {"rows_in": counts.rows, "rows_out": _total(files), "set_aside": 0, **missing}
+    figures["files"] = count
     if prefix:
         publish_tfrecord_files(files, prefix)  # type: ignore[arg-type]
     else:
@@ -192,8 +232,20 @@ def main(argv: Sequence[str]) -> int:
     """
     if "--streaming" in argv:
         return int(importlib.import_module("beam_pipelines.inference_streaming").main(argv))
-    options = parse(argv)
+    every = parse_each(argv)
+    for options in every:
+        score_with(options, several=len(every) > 1)
+    return 0
+
+
+def score_with(options: InferenceOptions, several: bool) -> None:
+    """Score with one model.
+
+    Args:
+        several: whether the command scores with other models too.
+    """
     with Run("inference", options.run_id, options.folder) as run:
+        run.words = ("--model", options.definition.require_model().name) if several else ()
         plan = plan_inference(options)
         pipeline = batch_pipeline(options.beam_args)
         build(pipeline, options, plan)
@@ -208,7 +260,6 @@ def main(argv: Sequence[str]) -> int:
                 "predictions": options.output_tfrecord or plan.target.uri,
             }
         )
-    return 0
 
 
 if __name__ == "__main__":

@@ -72,20 +72,14 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveInferenceRequest]:
     )
     arguments.add_argument("--threads", type=threads, default=1, help="XGBoost threads in each worker (default: 1)")
     options, flags = arguments.parse_streaming(argv)
-    options.definition.require_model()
+    options.job.definition.require_model()
     request = LiveInferenceRequest(
-        definition=options.definition,
-        store=options.store,
-        registry=registry_uri(options.store, flags.registry),
-        run_id=options.run_id,
+        options.job,
+        registry=registry_uri(options.job.store, flags.registry),
         alias=flags.alias,
         poll=options.lengths["poll"],
         threads=flags.threads,
-        broker=options.broker,
-        replaying=options.replaying,
         pace=options.lengths["pace"],
-        prefix=options.prefix,
-        sinks=options.sinks,
         commit_every=options.lengths["commit_every"],
     )
     return options, request
@@ -93,13 +87,13 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveInferenceRequest]:
 
 def build(pipeline: beam.Pipeline, options: StreamingOptions, plan: LiveInferencePlan) -> None:
     """The graph: messages → batches of feature rows → predictions → topic → table."""
-    rows = replayed_rows(pipeline, plan) if options.replaying else rows_of_topic(pipeline, options, plan)
+    rows = replayed_rows(pipeline, plan) if options.job.replaying else rows_of_topic(pipeline, options, plan)
     predictions = rows | "Score" >> RunInference(ChampionHandler(plan.serving)).with_output_types(pa.RecordBatch)
-    if "topic" in options.sinks:
+    if "topic" in options.job.sinks:
         predictions = predictions | "Publish" >> Produce(plan.broker, plan.outlet.messages)
     envelopes = predictions | "Envelopes" >> beam.Map(to_envelope)
     envelopes.element_type = typehints.Tuple[bytes, bytes]
-    step = CommitPredictions if options.replaying else TimedCommitPredictions
+    step = CommitPredictions if options.job.replaying else TimedCommitPredictions
     commits = envelopes | "Commit" >> beam.ParDo(step(plan.outlet, plan.start))
     _ = commits | "Status" >> beam.Map(write_status, options.status)
 
@@ -107,7 +101,7 @@ def build(pipeline: beam.Pipeline, options: StreamingOptions, plan: LiveInferenc
 def replayed_rows(pipeline: beam.Pipeline, plan: LiveInferencePlan) -> beam.PCollection:
     """Feature rows of the live feature table, one batch per message."""
     request = plan.request
-    send = SendFeatureRows(request.view, request.store, plan.start.next, request.pace)
+    send = SendFeatureRows(request.view, request.job.store, plan.start.next, request.pace)
     decode = DecodeFeatureRows(request.view, most=1, by_row=True)
     messages = pipeline | "Start" >> beam.Impulse() | "Replay" >> beam.ParDo(send)
     return messages | "Decode" >> beam.ParDo(decode).with_output_types(pa.RecordBatch)
@@ -116,7 +110,7 @@ def replayed_rows(pipeline: beam.Pipeline, plan: LiveInferencePlan) -> beam.PCol
 def rows_of_topic(pipeline: beam.Pipeline, options: StreamingOptions, plan: LiveInferencePlan) -> beam.PCollection:
     """Feature rows of the features topic."""
     messages = pipeline | "Topic" >> ReadTopics(plan.broker, (plan.request.topic,), plan.group)
-    guard = guard_folder(plan.request.store, f"{plan.request.view.name}.inference")
+    guard = guard_folder(plan.request.job.store, f"{plan.request.view.name}.inference")
     decode = DecodeFeatureRows(plan.request.view, guard=guard, limits=options.limits)
     return messages | "Decode" >> beam.ParDo(decode).with_output_types(pa.RecordBatch)
 
@@ -124,9 +118,9 @@ def rows_of_topic(pipeline: beam.Pipeline, options: StreamingOptions, plan: Live
 def main(argv: Sequence[str]) -> int:
     """Runs the job until the end of the replay, the end of every partition of the topic, or a signal."""
     options, request = parse(argv)
-    with Run("inference --streaming", options.run_id, options.folder) as run:
+    with Run("inference --streaming", options.job.run_id, options.folder) as run:
         try:
-            plan = run_replay(options, request) if options.replaying else run_live(options, request)
+            plan = run_replay(options, request) if options.job.replaying else run_live(options, request)
         finally:
             close_all()
         run.update(live_inference_figures(plan, read_status(options.status)))
@@ -148,10 +142,10 @@ def run_live(options: StreamingOptions, request: LiveInferenceRequest) -> LiveIn
     Returns:
         The plan of the last launch.
     """
-    assert options.broker is not None
+    assert options.job.broker is not None
     pipeline_options = PipelineOptions(["--streaming", *options.beam_args])
-    check_connections(options.broker, pipeline_options)
-    compaction = compacting(options.store, PREDICTIONS_TABLES, options.lengths["compact_every"])
+    check_connections(options.job.broker, pipeline_options)
+    compaction = compacting(options.job.store, PREDICTIONS_TABLES, options.lengths["compact_every"])
     with stopped_by_signals(), compaction:
         while True:
             plan = prepare_live_inference(request)
@@ -171,7 +165,7 @@ def launch(options: StreamingOptions, plan: LiveInferencePlan, pipeline_options:
     build(pipeline, options, plan)
     skipped = skipped_in(plan.start.commit_record())
     commit_every = options.lengths["commit_every"]
-    reading = Reading(plan.broker, due, options.prefix, options.status, commit_every, skipped)
+    reading = Reading(plan.broker, due, options.job.prefix, options.status, commit_every, skipped)
     text = f"running: reading on from {json.dumps(plan.start.next)}"
     return run_until(pipeline, lambda: plan.finished_at(read_status(options.status)), text, reading)
 

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 import apache_beam as beam
 from apache_beam.pvalue import AsSingleton
 
-from beam_pipelines.runtime.arguments import Arguments, threads, utc_day, whole
+from beam_pipelines.runtime.arguments import Arguments, run_of_model, threads, utc_day, whole
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.local_runner import batch_pipeline
 from beam_pipelines.runtime.run_report import Run, execute
-from schemas.errors import GateError, MillraceError, StoreError
-from schemas.loading import decode_python, load_definition
+from schemas.errors import DefinitionError, GateError, MillraceError, StoreError
+from schemas.feature_rows import MISSING
+from schemas.loading import Definition, decode_python, load_project
 from transforms.evaluation.evaluate import Evaluate, tally_columns
 from transforms.evaluation.shap import Explain
 from transforms.models.bundle import load_bundle
@@ -84,10 +85,17 @@ class TrainingOptions(TrainingRequest):
 
 
 def _arguments() -> Arguments:
-    arguments = Arguments("millrace training", "Train a model on a feature table, evaluate it, register it.")
+    arguments = Arguments(
+        "millrace training", "Train models on feature tables, evaluate and register them.", every="model"
+    )
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
     arguments.add_argument(
-        "--features_version", type=whole(0, 2**62), help="version of the feature table (default: the newest)"
+        "--features_version",
+        type=table_version,
+        action="append",
+        default=[],
+        metavar="[VIEW=]VERSION",
+        help="version of the feature table, or of that of one view (default: the newest)",
     )
     arguments.add_argument("--start", type=utc_day, help="first UTC day of features used (default: the first)")
     arguments.add_argument(
@@ -115,28 +123,68 @@ def _arguments() -> Arguments:
 
 
 def parse(argv: Sequence[str]) -> TrainingOptions:
-    """Parse flags into options.
+    """Parse flags that mean one model into options.
+
+    Raises:
+        DefinitionError: a flag or the definition is not valid, or several models are meant.
+    """
+    found = parse_each(argv)
+    if len(found) > 1:
+        raise DefinitionError("One model is meant", ", ".join(each.model.name for each in found), "Choose --model")
+    return found[0]
+
+
+def parse_each(argv: Sequence[str]) -> list[TrainingOptions]:
+    """Parse flags into the options of each model that is meant.
+
+    Of several models each has a run of its own, whose id ends in its name.
 
     Raises:
         DefinitionError: a flag or the definition is not valid.
     """
     flags, rest = _arguments().parse(argv)
-    return TrainingOptions(
-        definition=load_definition(flags.definition),
-        store=flags.store,
-        sources=flags.sources or FileSystems.join(flags.store, "sources"),
-        run_id=flags.run_id,
-        features_version=flags.features_version,
-        start=flags.start,
-        cutoff=flags.cutoff,
-        registry=registry_uri(flags.store, flags.registry),
-        cores=flags.threads or os.cpu_count() or 1,
-        device=flags.device,
-        keep_examples=flags.keep_examples,
-        now=time.time_ns() // 1000,
-        beam_args=tuple(rest),
-        label_version=None,
-    )
+    definitions = load_project(flags.definition).each_model(flags.view, flags.model)
+    now = time.time_ns() // 1000
+    return [
+        TrainingOptions(
+            definition=definition,
+            store=flags.store,
+            sources=flags.sources or FileSystems.join(flags.store, "sources"),
+            run_id=run_of_model(flags.run_id, definition, len(definitions)),
+            features_versions=_versions(flags.features_version, definition),
+            start=flags.start,
+            cutoff=flags.cutoff,
+            registry=registry_uri(flags.store, flags.registry),
+            cores=flags.threads or os.cpu_count() or 1,
+            device=flags.device,
+            keep_examples=flags.keep_examples,
+            now=now,
+            beam_args=tuple(rest),
+            label_version=None,
+        )
+        for definition in definitions
+    ]
+
+
+def _versions(given: Sequence[tuple[str, int]], definition: Definition) -> dict[str, int]:
+    """Versions of feature tables by view; one without a view is that of a model's only view.
+
+    Raises:
+        DefinitionError: the model has several views.
+    """
+    views = definition.require_model().views
+    if any(not name for name, _ in given) and len(views) > 1:
+        names = ", ".join(view.name for view in views)
+        raise DefinitionError(
+            "A version of a feature table is that of one view", names, f"Write --features_version {views[0].name}=…"
+        )
+    return {name or views[0].name: version for name, version in given}
+
+
+def table_version(text: str) -> tuple[str, int]:
+    """Parse `VERSION` or `VIEW=VERSION`; the view is empty if it is not named."""
+    view, _, version = text.rpartition("=")
+    return view, whole(0, 2**62)(version)
 
 
 def device(text: str) -> str:
@@ -250,8 +298,33 @@ def resolve(options: TrainingOptions) -> tuple[ExamplePlan, ProvenanceRecord]:
 
 def main(argv: Sequence[str]) -> int:
     """Run the pipeline; returns 0 if the model is registered and every gate holds."""
-    options = parse(argv)
+    every, failures = parse_each(argv), list[GateError]()
+    for options in every:
+        try:
+            train_one(options, several=len(every) > 1)
+        except GateError as error:  # the other models are trained all the same
+            failures.append(error)
+            if len(every) > 1:
+                log.warning("%s", error)
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        value = "; ".join(f"{error.rule}: {error.value}" for error in failures)
+        raise GateError("Models pass their gates to become champions", value, "Improve them, or promote them by hand")
+    return 0
+
+
+def train_one(options: TrainingOptions, several: bool) -> None:
+    """Train, evaluate and register one model.
+
+    Args:
+        several: whether the command trains other models too.
+
+    Raises:
+        GateError: it is registered, and not every gate holds.
+    """
     with Run("training", options.run_id, options.folder) as run:
+        run.words = ("--model", options.model.name) if several else ()
         check_problem(options)
         plan, provenance = resolve(options)
         pipeline = batch_pipeline(options.beam_args)
@@ -259,7 +332,7 @@ def main(argv: Sequence[str]) -> int:
         with preparing_database(options.registry):
             execute(pipeline)
         report = read_record(TrainingRecord, options.folder, REPORT)
-        run.update(figures(report))
+        run.update(training_figures(report))
         if not options.keep_examples:
             delete_files([options.examples])
     if failed := failed_gates(report):
@@ -269,7 +342,6 @@ def main(argv: Sequence[str]) -> int:
             f"It is registered; the champion is {'version ' + report['champion'] if report['champion'] else 'none'}. "
             f"Improve the model, or promote it by hand: millrace promote {report['model_version']} --why …",
         )
-    return 0
 
 
 def check_problem(options: TrainingOptions) -> None:
@@ -284,16 +356,17 @@ def check_problem(options: TrainingOptions) -> None:
         log.warning("whether the name %r is free is not known: %s", options.model.name, error)
 
 
-def figures(report: TrainingRecord) -> dict[str, object]:
+def training_figures(report: TrainingRecord) -> dict[str, object]:
     """The figures of `run.json` and of the closing table."""
     splits = report["splits"].values()
     shown = {name: round(value, 6) for name, value in report["metrics"].items() if value is not None}
     return {
-        "rows_in": report["feature_rows"],
+        "rows_in": report["feature_rows"] + sum(report.get("missing", {}).values()),
         "rows_out": sum(each["entered"] for each in splits),
         "rows_outside": report["outside"],
         "rows_waiting": sum(each["waiting"] for each in splits),
         "rows_without_label": sum(each["dropped"] for each in splits),
+        **{f"{MISSING}{view}": rows for view, rows in report.get("missing", {}).items()},
         **{name: each["entered"] for name, each in report["splits"].items()},
         "rounds": report["rounds"],
         **shown,

@@ -295,6 +295,8 @@ def commands(folder: Path, repeats: int) -> dict[str, float]:
         "models": ["models", *common[2:]],
         "trace": ["trace", "--prediction", str(prediction), *common],
     }
+    # A command starts from byte code, as it does wherever Python may write it.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     found = {}
     for name, argv in lines.items():
         times, used = [], []
@@ -303,7 +305,7 @@ def commands(folder: Path, repeats: int) -> dict[str, float]:
             done = subprocess.run(
                 [sys.executable, "-m", "beam_pipelines.cli", *argv],
                 cwd=ROOT,
-                env=os.environ,
+                env=environment,
                 capture_output=True,
                 text=True,
                 check=False,

@@ -32,6 +32,8 @@ def box(module: str) -> str:
     parts = module.split(".")
     if parts[0] not in FOLDERS:
         return ""
+    if module == "schemas.testing":  # of tests of a definition, which look the kernel up by its name
+        return ""
     name = parts[0] if parts[0] == "schemas" else ".".join(parts[:2])
     return "" if name in LEFT_OUT else TOGETHER.get(name, name)
 

@@ -6,7 +6,7 @@
 from schemas import encoders
 from schemas.errors import DefinitionError, MillraceError
 from schemas.features import Derived, Latest, Lookup, Trailing
-from schemas.loading import Definition, load_definition
+from schemas.loading import Definition, Project, load_definition, load_project
 from schemas.models import Gates, Label, Model, Search
 from schemas.sources import Source
 from schemas.splits import GroupSplit, RollingOrigin, TimeSplit
@@ -24,6 +24,7 @@ __all__ = [
     "Lookup",
     "MillraceError",
     "Model",
+    "Project",
     "RollingOrigin",
     "Search",
     "Source",
@@ -31,4 +32,5 @@ __all__ = [
     "Trailing",
     "encoders",
     "load_definition",
+    "load_project",
 ]

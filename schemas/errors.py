@@ -76,6 +76,10 @@ class StoreError(MillraceError):
     exit_code = 4
 
 
+class IncompleteLogError(StoreError):
+    """An entry of a table's log that has lost something."""
+
+
 class ConflictError(StoreError):
     """Another run committed the same dates first; nothing of this one is visible."""
 

@@ -1,14 +1,16 @@
-"""Finds `view` and `model` in a user's file."""
+"""Finds the views and models in the files that a user wrote."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
-import importlib.util
 import io
+import pkgutil
+import re
 import sys
 import sysconfig
 import tokenize
@@ -16,18 +18,24 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import ModuleType
+from typing import TypeVar
 
-from schemas.errors import DefinitionError, MillraceError
+from schemas.errors import DefinitionError, MillraceError, nearest
 from schemas.models import Model
+from schemas.sources import Source
 from schemas.views import FeatureView
+
+Named = TypeVar("Named", Source, FeatureView, Model)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Definition:
-    """A loaded definition.  `path` is its file; `model` may be missing if only features are needed.
+    """One view of a loaded definition, and a model over it.
 
-    `source` is the text that was loaded.  `modules` are the texts of the modules that it imports, without installed
-    ones, by their path below an import folder, such as `rates/fees.py`.
+    `path` is its file; `model` is missing where only features are wanted, or where several models are over the view.
+
+    `source` is the text that was loaded.  `modules` are the sources of the modules that it imports, installed ones left
+    out, by their path below a folder of imports, as `rates/fees.py`.  `project` is what it was chosen from.
     """
 
     name: str
@@ -36,61 +44,262 @@ class Definition:
     model: Model | None
     source: bytes = b""
     modules: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    project: Project | None = None
 
     @property
     def schema_path(self) -> str:
-        """The path of the schema of its features, if there is one: beside the definition."""
-        return str(Path(self.path).with_name("schema.pbtxt"))
+        """Where the schema of its features stands, if there is one: beside the definition.
+
+        Raises:
+            DefinitionError: there is one that may be of any of several views.
+        """
+        shared, own = (Path(self.path).with_name(name) for name in ("schema.pbtxt", f"{self.view.name}.schema.pbtxt"))
+        if own.exists():
+            return str(own)
+        if not self.is_one_of_several:
+            return str(shared)
+        if shared.exists():
+            raise DefinitionError(
+                f"{self.name} names several views, each with a schema of its own",
+                f"{shared}",
+                f"Rename it to that of its view, as {own.name}",
+            )
+        return str(own)
+
+    @property
+    def is_one_of_several(self) -> bool:
+        """Whether the project has other views."""
+        return self.project is not None and len(self.project.views) > 1
+
+    @property
+    def flags(self) -> str:
+        """The flags of a command that mean this view, as they are written."""
+        return f"--definition {self.name}" + (f" --view {self.view.name}" if self.is_one_of_several else "")
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the file's text."""
-        return hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
+        """SHA-256 of the file's text; of a package, of the texts of all its modules."""
+        if not self.path.endswith("__init__.py"):
+            return hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
+        files = sorted((path.as_posix(), path.read_bytes()) for path in Path(self.path).parent.rglob("*.py"))
+        root = len(Path(self.path).parent.as_posix())
+        return hashlib.sha256(b"".join(path[root:].encode() + b"\n" + text for path, text in files)).hexdigest()
 
     def require_model(self) -> Model:
         if self.model is None:
+            over = [] if self.project is None else self.project.models_over(self.view)
+            if over:
+                names = ", ".join(each.name for each in over)
+                raise DefinitionError(f"One of the models of {self.name} is chosen", names, "Choose one with --model")
             raise DefinitionError(f"{self.name} names a model", "only a view", "Write model = Model(view, …)")
         return self.model
 
 
-_RULE = "The definition is an importable module or a .py file"
+@dataclasses.dataclass(frozen=True, eq=False)
+class Project:
+    """Everything that a definition names: a module, or a package of modules.
+
+    Args:
+        name: what it was loaded by.
+        path: its file; of a package its `__init__.py`.
+        views: by name, as they stand in the file.
+        models: by name.
+        sources: by name, those that views and labels read.
+        source, modules: as in `Definition`.
+    """
+
+    name: str
+    path: str
+    views: Mapping[str, FeatureView]
+    models: Mapping[str, Model]
+    sources: Mapping[str, Source]
+    source: bytes = b""
+    modules: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+
+    def models_over(self, view: FeatureView) -> list[Model]:
+        """The models whose first view this is."""
+        return [model for model in self.models.values() if model.view.name == view.name]
+
+    def definition(self, view: str | None = None, model: str | None = None) -> Definition:
+        """The one view that is meant, with its model if one is meant or there is only one over it.
+
+        Raises:
+            DefinitionError: several views could be meant, or one is named that is not there.
+        """
+        if model is not None:
+            chosen = self._named("model", self.models, model)
+            if view is not None and self._named("view", self.views, view).name not in (v.name for v in chosen.views):
+                raise DefinitionError(
+                    f"Model {model!r} reads the views {', '.join(each.name for each in chosen.views)}",
+                    f"--view {view}",
+                    "Leave --view out",
+                )
+            return self._of(chosen.view if view is None else self.views[view], chosen)
+        if view is None and len(self.views) > 1:
+            raise DefinitionError(
+                f"{self.name} names the views {', '.join(self.views)}", "none chosen", "Choose one with --view"
+            )
+        found = next(iter(self.views.values())) if view is None else self._named("view", self.views, view)
+        over = self.models_over(found)
+        return self._of(found, over[0] if len(over) == 1 else None)
+
+    def each_view(self, view: str | None = None, model: str | None = None) -> list[Definition]:
+        """Every view, or the one that is named; of a model those that it reads."""
+        if view is None and model is not None:
+            return [self.definition(each.name) for each in self._named("model", self.models, model).views]
+        return [self.definition(name) for name in ([view] if view is not None else self.views)]
+
+    def each_model(self, view: str | None = None, model: str | None = None) -> list[Definition]:
+        """Every model, or the one that is named, or those that read one view.
+
+        Raises:
+            DefinitionError: there is none.
+        """
+        if model is not None:
+            return [self.definition(view, model)]
+        read = None if view is None else self._named("view", self.views, view)
+        names = {each.name: {of.name for of in each.views} for each in self.models.values()}
+        found = [each for each in self.models.values() if read is None or read.name in names[each.name]]
+        if not found:
+            what = "only views" if len(self.views) > 1 else "only a view"
+            about = self.name if read is None else f"{self.name} over view {view!r}"
+            raise DefinitionError(f"A model is named in {about}", what, "Write model = Model(view, …)")
+        return [self._of(each.view, each) for each in found]
+
+    def _of(self, view: FeatureView, model: Model | None) -> Definition:
+        return Definition(self.name, self.path, view, model, self.source, self.modules, self)
+
+    def _named(self, kind: str, known: Mapping[str, Named], name: str) -> Named:
+        if name not in known:
+            there = f"{kind}s {', '.join(known)}" if known else f"no {kind}"
+            raise DefinitionError(f"{self.name} names the {there}", f"--{kind} {name}", nearest(name, known))
+        return known[name]
 
 
-def load_definition(name: str) -> Definition:
-    """Imports a module (`examples.flights.definition`) or a file (`path/to/definition.py`).
+_RULE = "The definition is an importable module or a .py file, or the folder of a package"
+
+
+def load_definition(name: str, view: str | None = None, model: str | None = None) -> Definition:
+    """Load a definition, and choose one view of it; see `load_project` and `Project.definition`."""
+    return load_project(name).definition(view, model)
+
+
+def load_project(name: str) -> Project:
+    """Import a module or package (`examples.flights.definition`, `shop`), a file or a package's folder.
+
+    Every public module-level name counts, of a package those of all its modules that import `schemas`; its tests are
+    left out.
 
     Raises:
-        DefinitionError: it is not found, it has no `view`, or the definition in it is refused.
+        DefinitionError: not found, no view in it, refused by the definition itself, or two things of one name.
     """
     before = set(sys.modules)
+    folder = Path(name)
+    in_folder = not name.endswith(".py") and (folder / "__init__.py").is_file() and "." not in folder.name
+    in_folder = in_folder and (len(folder.parts) > 1 or not name.isidentifier())
+    if in_folder:
+        with _imports_from(folder.resolve().parent, {folder.resolve().name}):
+            before = set(sys.modules)
+            return _project(name, _imported(name, lambda: importlib.import_module(folder.resolve().name)), before)
     if not name.endswith(".py") and not all(part.isidentifier() for part in name.split(".")):
         raise DefinitionError(_RULE, repr(name), "Name it like examples.flights.definition, or path/definition.py")
-    module = _file(Path(name)) if name.endswith(".py") else _module(name)
-    source, modules = _read(getattr(module, "__file__", None)), neighbours(module, before)
+    found = _project(name, _file(folder) if name.endswith(".py") else _module(name), before)
     if name.endswith(".py"):  # another definition may have other neighbours of these names
-        for path in modules:
+        for path in found.modules:
             loaded = module_name(path)
             if loaded not in before:
                 sys.modules.pop(loaded, None)
-    model = getattr(module, "model", None)
-    view = getattr(module, "view", None) or getattr(model, "view", None)
-    if not isinstance(view, FeatureView) or not isinstance(model, Model | None):
-        raise DefinitionError(
-            f"{name} names a FeatureView `view` and a Model `model`",
-            f"view={view!r}, model={model!r}",
-            "Write view = FeatureView(…) and model = Model(view, …)",
-        )
-    if model is not None and model.view is not view:
-        raise DefinitionError(
-            f"{name}: the model reads the view of the same file",
-            f"{model.view.name!r} and {view.name!r}",
-            "Write model = Model(view, …)",
-        )
-    return Definition(name, str(module.__file__), view, model, source, modules)
+    return found
 
 
-def load_recorded(name: str, source: str, modules: Mapping[str, str], folder: Path) -> Definition:
-    """Loads a definition from its recorded text and that of its neighbours, whatever is in their places now.
+def _project(name: str, module: ModuleType, before: set[str]) -> Project:
+    """What the modules of a loaded definition name."""
+    parts = [module, *_inside(name, module)]
+    source = _read(getattr(module, "__file__", None))
+    modules = neighbours(module, before, [each.__name__ for each in parts[1:]])
+    public = [value for part in parts for key, value in vars(part).items() if not key.startswith("_")]
+    models = _by_name("model", [each for each in public if isinstance(each, Model)], _model_content)
+    views = [each for each in public if isinstance(each, FeatureView)]
+    views += [view for model in models.values() for view in model.views]
+    for wrong in ("view", "model"):
+        value, kind = getattr(module, wrong, None), FeatureView if wrong == "view" else Model
+        if value is not None and not isinstance(value, kind | ModuleType):
+            raise DefinitionError(
+                f"{name} names a FeatureView `view` and a Model `model`",
+                f"{wrong}={value!r}",
+                "Write view = FeatureView(…) and model = Model(view, …)",
+            )
+    named = _by_name("view", views, _view_content)
+    if not named:
+        rule = f"{name} names a FeatureView `view`, or several under any public names"
+        raise DefinitionError(rule, "view=None", "Write view = FeatureView(…)")
+    sources = [source for view in named.values() for source in (view.spine, *view.sources.values())]
+    sources += [model.label.source for model in models.values()]
+    known = _by_name("source", sources, _source_content)
+    return Project(name, str(module.__file__), named, models, known, source, modules)
+
+
+def _inside(name: str, module: ModuleType) -> list[ModuleType]:
+    """The modules of a package that import `schemas`, imported; its tests are left out."""
+    found = []
+    for path in sorted(getattr(module, "__path__", ())):
+        for each in pkgutil.walk_packages([path], module.__name__ + ".", onerror=lambda _: None):
+            inner = each.name.rsplit(".", 1)[-1]
+            if re.fullmatch(r"tests?|test_.*|.*_test|conftest|__main__", inner):
+                continue
+            file = Path(path, *each.name.removeprefix(module.__name__ + ".").split("."))
+            text = file / "__init__.py" if each.ispkg else file.with_suffix(".py")
+            if text.is_file() and _imports_schemas(text.read_bytes(), str(text)):
+                found.append(_imported(name, functools.partial(importlib.import_module, each.name)))
+    return found
+
+
+def _imports_schemas(source: bytes, path: str) -> bool:
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        raise DefinitionError(f"{path} is valid Python", f"{error.msg}, line {error.lineno}", "Correct it") from None
+    imports = [each for each in ast.walk(tree) if isinstance(each, ast.Import | ast.ImportFrom)]
+    names = [node.module or "" for node in imports if isinstance(node, ast.ImportFrom) and not node.level]
+    names += [alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names]
+    return any(name.split(".")[0] == "schemas" for name in names)
+
+
+def _by_name(kind: str, found: Iterable[Named], content: Callable[[Named], object]) -> dict[str, Named]:
+    """What was found, by name, each once.
+
+    Raises:
+        DefinitionError: two of one name are not the same.
+    """
+    result: dict[str, Named] = {}
+    for each in found:
+        other = result.setdefault(each.name, each)
+        if other is not each and content(other) != content(each):
+            fix = "Give one of them name=…" if kind == "model" else "Rename one of them, or import it from the other"
+            raise DefinitionError(
+                f"One name is one {kind}",
+                f"{each.name!r} at {other.place} and, with other content, at {each.place}",
+                fix,
+            )
+    return result
+
+
+def _source_content(source: Source) -> object:
+    return [getattr(source, field.name) for field in dataclasses.fields(source) if field.name != "place"]
+
+
+def _view_content(view: FeatureView) -> object:
+    return view.fingerprint, view.spine.name
+
+
+def _model_content(model: Model) -> object:
+    kept = [field.name for field in dataclasses.fields(model) if field.name not in ("view", "others", "label", "place")]
+    views = [(view.name, view.fingerprint) for view in model.views]
+    return views, model.problem, [getattr(model, name) for name in kept]
+
+
+def load_recorded(name: str, source: str, modules: Mapping[str, str], folder: Path) -> Project:
+    """Load a definition from its recorded text and that of its neighbours, whatever stands in their places now.
 
     Args:
         name: the name by which it was loaded, a module or a file.
@@ -101,8 +310,11 @@ def load_recorded(name: str, source: str, modules: Mapping[str, str], folder: Pa
     Raises:
         DefinitionError: as `load_definition`; or a path leaves the folder.
     """
-    own = name.replace(".", "/") + ".py" if not name.endswith(".py") else Path(name).name
-    if not name.endswith(".py") and f"{name.replace('.', '/')}/__init__.py" in modules:
+    by_file = name.endswith(".py")
+    if not by_file and not all(part.isidentifier() for part in name.split(".")):
+        name = Path(name).name  # a package's folder
+    own = Path(name).name if by_file else name.replace(".", "/") + ".py"
+    if not by_file and any(path.startswith(name.replace(".", "/") + "/") for path in modules):
         own = f"{name.replace('.', '/')}/__init__.py"
     files = {**modules, own: source}
     for path, text in files.items():
@@ -114,9 +326,9 @@ def load_recorded(name: str, source: str, modules: Mapping[str, str], folder: Pa
             package.mkdir(exist_ok=True)
             (package / "__init__.py").touch()
         folder.joinpath(*parts).write_bytes(_encoded(text))
-    names = {module_name(path) for path in modules} | ({name} if not name.endswith(".py") else set())
+    names = {module_name(path) for path in modules} | (set() if by_file else {name})
     with _imports_from(folder, names):
-        return load_definition(str(folder / own) if name.endswith(".py") else name)
+        return load_project(str(folder / own) if by_file else name)
 
 
 def decode_python(source: bytes) -> str:
@@ -137,14 +349,16 @@ def module_name(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def neighbours(module: ModuleType, before: Iterable[str] = ()) -> dict[str, bytes]:
-    """The texts of all modules that a definition's module imports, directly or not, without installed ones.
+def neighbours(module: ModuleType, before: Iterable[str] = (), inside: Iterable[str] = ()) -> dict[str, bytes]:
+    """The sources of all modules that a definition's module imports, also through others; installed ones are left out.
 
     Args:
         module: the module of the definition.
         before: names of modules that were imported before it was.
+        inside: names of further modules of the definition, if it is a package.
     """
     waiting = [name for name in sys.modules if name not in before] + list(_imported_by(module, _read(module.__file__)))
+    waiting += inside
     found: dict[str, bytes] = {}
     seen = {module.__name__}
     while waiting:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,8 +16,10 @@ from schemas.arithmetic import in_64_bits
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError, nearest
 from schemas.expressions import canonical, dtype_of, require_row_local
+from schemas.feature_rows import FeatureRows
 from schemas.features import By, pairs
-from schemas.sources import Source, identifier
+from schemas.places import built_at
+from schemas.sources import Source, identifier, names
 from schemas.splits import GroupSplit, RollingOrigin, TimeSplit
 from schemas.views import FeatureView
 
@@ -206,10 +209,10 @@ class Gates:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """An XGBoost model over a view's features and those spine columns that `encode` names.
+    """An XGBoost model over features of a view, or of several, and those spine columns that `encode` names.
 
     Args:
-        view: the features.
+        view: the features; a list of views is joined by key and time, and is kept as `view` (the first) and `others`.
         label: what to predict.
         objective: one of XGBoost's objectives listed in `OBJECTIVES`.
         metric: the metric that chooses among trials and decides when to stop early.
@@ -221,8 +224,11 @@ class Model:
         search: trials over parameters; None trains once.
         gates: the conditions for becoming champion.
         seed: XGBoost's seed.
-        name: name of the registered model and its tables; by default the view's name.  A name stands for one problem
-            (see `problem`).
+        name: names the registered model and its tables; default the view's name.  One name is one problem (see
+            `problem`).
+        features: the features that it takes: names, or patterns such as `or_*`, or `weather.or_*` of the view
+            `weather`; None takes all.
+        others: further views.
     """
 
     view: FeatureView
@@ -238,12 +244,26 @@ class Model:
     gates: Gates = dataclasses.field(default_factory=Gates)
     seed: int = 0
     name: str = ""
+    features: Sequence[str] | None = None
+    others: Sequence[FeatureView] = ()
+    place: str = dataclasses.field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.view, FeatureView):
-            raise DefinitionError("A model reads a FeatureView", repr(self.view), "Write Model(view, …)")
+        object.__setattr__(self, "place", built_at())
+        views = (*self.view, *self.others) if isinstance(self.view, list | tuple) else (self.view, *self.others)
+        if not views or not all(isinstance(view, FeatureView) for view in views):
+            wrong = next((view for view in views if not isinstance(view, FeatureView)), None)
+            value = repr(wrong) if views else "none"
+            raise DefinitionError("A model reads a FeatureView, or several", value, "Write Model(view, …)")
+        object.__setattr__(self, "view", views[0])
+        object.__setattr__(self, "others", views[1:])
         object.__setattr__(self, "name", identifier(self.name or self.view.name, "The name of a model"))
         what = f"Model {self.name!r}"
+        if self.features is not None:
+            object.__setattr__(
+                self, "features", names(self.features, f"{what}: features", "name or pattern of features")
+            )
+        _ = self.rows
         if self.objective not in OBJECTIVES:
             raise DefinitionError(
                 f"{what}: objective is one of {', '.join(OBJECTIVES)}",
@@ -269,8 +289,16 @@ class Model:
             )
         for group in self.gates.slices:
             for column in (group,) if isinstance(group, str) else group:
-                self.view.require_feature(column, f"{what}: slices")
-        sources = {self.view.spine.name: self.view.spine, **self.view.sources}
+                self.rows.require(column, f"{what}: slices")
+        sources = {self.view.spine.name: self.view.spine}
+        for view in self.views:
+            for source in view.sources.values():
+                if sources.setdefault(source.name, source) is not source:
+                    raise DefinitionError(
+                        f"{what}: one name is one source",
+                        f"{source.name!r} at {sources[source.name].place} and at {source.place}",
+                        "Rename one, or use the same Source object in all views",
+                    )
         if sources.get(self.label.source.name, self.label.source) is not self.label.source:
             raise DefinitionError(
                 f"{what}: one name is one source",
@@ -278,7 +306,7 @@ class Model:
                 "Rename one, or use the same Source object in view and label",
             )
         for column, _ in self.label.keys:
-            if column not in self.view.context and column not in self.view.columns:
+            if column not in self.rows.origins:
                 raise DefinitionError(
                     f"{what}: the label is joined on spine columns", repr(column), nearest(column, self.view.context)
                 )
@@ -297,7 +325,13 @@ class Model:
 
     def _check_inputs(self, what: str) -> None:
         for column, encoder in self.encode.items():
-            self.view.require_feature(column, f"{what}: encode")
+            self.rows.require(column, f"{what}: encode")
+            if column not in self.inputs:
+                raise DefinitionError(
+                    f"{what}: encode names inputs, and features chooses them",
+                    f"{column!r}, which it does not choose",
+                    f"Add {column!r} to features, or leave it out of encode",
+                )
             dtype = self.inputs[column]
             if not isinstance(encoder, encoders.Encoder):
                 raise DefinitionError(
@@ -326,10 +360,22 @@ class Model:
                 )
 
     @property
+    def views(self) -> tuple[FeatureView, ...]:
+        """Its views; the first gives the ids of its predictions."""
+        return (self.view, *self.others)
+
+    @functools.cached_property
+    def rows(self) -> FeatureRows:
+        """The feature rows that it reads."""
+        patterns = None if self.features is None else tuple(self.features)
+        return FeatureRows(self.views, patterns, f"Model {self.name!r}")
+
+    @functools.cached_property
     def inputs(self) -> dict[str, pl.DataType]:
-        """The type of each input: the features in order, then the spine columns that `encode` names."""
-        extra = [column for column in self.encode if column not in self.view.columns]
-        return {**self.view.columns, **{column: self.view.spine.schema[column] for column in extra}}
+        """Type per input: the chosen features in order, then the spine columns that `encode` names."""
+        known = {name for view in self.views for name in view.columns}
+        extra = [column for column in self.encode if column not in known]
+        return {**self.rows.columns, **{column: self.view.spine.schema[column] for column in extra}}
 
     @property
     def problem(self) -> dict[str, object]:

@@ -12,6 +12,7 @@ import polars as pl
 
 from schemas.durations import instant, microseconds
 from schemas.errors import DefinitionError, nearest
+from schemas.places import built_at
 
 TIME = pl.Datetime("us", "UTC")
 _SIMPLE = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.Float32, pl.Float64, pl.String, pl.Boolean, pl.Date)
@@ -19,15 +20,15 @@ _SIMPLE = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.Float32, pl.Float64, pl.Str
 RESERVED = ("date", "row_id")
 
 
-def names(value: str | Iterable[str], what: str) -> tuple[str, ...]:
+def names(value: str | Iterable[str], what: str, of: str = "column name") -> tuple[str, ...]:
     """One name or several as a tuple, without repeats."""
     result = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else ()
     if not result or not all(isinstance(name, str) and name for name in result):
         raise DefinitionError(
-            f"{what} is a column name or a tuple of them", repr(value), 'Write "origin" or ("origin", "carrier")'
+            f"{what} is a {of} or a tuple of them", repr(value), 'Write "origin" or ("origin", "carrier")'
         )
     if len(set(result)) != len(result):
-        raise DefinitionError(f"{what} names each column once", repr(value), "Remove the repeat")
+        raise DefinitionError(f"{what} names each {of.split()[0]} once", repr(value), "Remove the repeat")
     return result
 
 
@@ -72,8 +73,10 @@ class Source:
     not_before: str | datetime = "1990-01-01"
     unique: str | tuple[str, ...] | None = None
     order: str | tuple[str, ...] | None = None
+    place: str = dataclasses.field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "place", built_at())
         identifier(self.name, "The name of a source")
         what = f"Source {self.name!r}"
         if not isinstance(self.columns, Mapping) or not self.columns:

@@ -27,6 +27,7 @@ from schemas.features import (
     iter_sources,
     limits_of,
 )
+from schemas.places import built_at
 from schemas.sources import RESERVED, TIME, Source, identifier, names
 
 # Increased when the kernel computes other values from the same definition and data.
@@ -62,8 +63,10 @@ class FeatureView:
     spine: Source
     key: str | tuple[str, ...]
     features: tuple[Feature, ...] | list[Feature]
+    place: str = dataclasses.field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "place", built_at())
         identifier(self.name, "The name of a view")
         what = f"View {self.name!r}"
         if not isinstance(self.spine, Source) or self.spine.time is None:
@@ -368,6 +371,7 @@ def _short(feature: object) -> str:
     return f"{type(feature).__name__}({source}, by={feature.by!r})" if source else str(feature)  # type: ignore[attr-defined]
 
 
+@functools.lru_cache(256)
 def lifetime_sources(view: FeatureView) -> tuple[str, ...]:
     """Sources over which there are lifetime windows."""
     return tuple(dict.fromkeys(feature.source.name for feature in view.features if is_lifetime(feature)))  # type: ignore[union-attr]

@@ -82,6 +82,8 @@ MAY_IMPORT = {
 }
 # A demonstration runs pipelines on an example; the example's definition and its data never do.
 DEMONSTRATIONS = "deploy/flights/"
+# A test of a definition computes features: the kernel is looked up by its name when it is called, never imported.
+LOOKED_UP = {"schemas/testing.py": "transforms.features.literal_rows"}
 # `schemas` says what data looks like, and needs no more than this to say it.
 SCHEMAS_THIRD_PARTY = {"pyarrow", "polars"}
 # TFDV decides which Python and which glibc Millrace runs on; one file knows it.
@@ -211,6 +213,8 @@ def faults(source: str, path: str) -> list[str]:
     for line, name in imported(tree, path):
         other = name.split(".")[0]
         here = f"{path}:{line}: imports {name}"
+        if LOOKED_UP.get(path) == name:
+            continue
         if other in OURS:
             allowed = MAY_IMPORT.get(top, set(OURS)) | (
                 {"beam_pipelines", "transforms", "examples"} if path.startswith(DEMONSTRATIONS) else set()
@@ -298,7 +302,7 @@ def test_a_listed_name_can_be_imported_from_its_package(package: str) -> None:
         _ = module.no_such_name
 
 
-def test_a_package_comes_in_without_its_modules() -> None:
+def test_a_package_is_imported_without_its_modules() -> None:
     imports = "; ".join(f"import transforms.{package}" for package in PUBLIC)
     program = f"import sys; {imports}; print(*sorted(name.split('.')[0] for name in sys.modules))"
     out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
@@ -452,7 +456,7 @@ def test_steps_over_record_batches_are_found() -> None:
     assert CODER not in imported_at_once("transforms.records.record_batches")
 
 
-def test_schemas_comes_in_under_half_a_second_and_alone() -> None:
+def test_schemas_is_imported_in_under_half_a_second_and_alone() -> None:
     subprocess.run([sys.executable, "-m", "compileall", "-q", "schemas"], cwd=ROOT, check=True)
     program = (
         "import sys, time; start = time.process_time(); import schemas; took = time.process_time() - start\n"

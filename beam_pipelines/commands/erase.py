@@ -16,7 +16,7 @@ from beam_pipelines.runtime.run_report import Run
 from beam_pipelines.runtime.terminal import many, wrapped
 from beam_pipelines.runtime.trained_models import trained
 from schemas.errors import DefinitionError, StoreError, nearest
-from schemas.loading import Definition, load_definition, load_recorded
+from schemas.loading import Project, load_project, load_recorded
 from schemas.sources import Source
 from transforms.lineage.erasure import Condition, Erasure
 from transforms.lineage.erasure_records import ErasureRecord, erasures, now_text
@@ -34,7 +34,7 @@ BEYOND = (
 
 def main(argv: Sequence[str]) -> int:
     """Remove rows of a source, and everything in the store that was made from them, for good."""
-    arguments = Arguments("millrace erase", main.__doc__ or "", definition=False, beam=False)
+    arguments = Arguments("millrace erase", main.__doc__ or "", definition=False, beam=False, every="all")
     arguments.add_argument("source", help="name of the source, as the definition declares it")
     arguments.add_argument(
         "--where", required=True, metavar="SQL", help="condition on the source's columns: \"customer = 'c17'\""
@@ -52,11 +52,11 @@ def main(argv: Sequence[str]) -> int:
     if "://" in flags.store or "://" in (flags.sources or ""):
         raise StoreError("erase works on folders", flags.store, "Copy the store to a disk, or mount it")
     with contextlib.ExitStack() as stack:
-        definition = definition_of(flags, stack)
-        condition = Condition(declared_source(definition, flags.source), flags.where)
+        project = project_of(flags, stack)
+        condition = Condition(source_of(project, flags.source), flags.where)
         roots = (os.path.abspath(flags.sources),) if flags.sources else ()
         run_id = f"erase-{uuid.uuid4().hex[:12]}"
-        erasure = Erasure(definition, condition, flags.store, roots, run_id, flags.keep_sources)
+        erasure = Erasure(tuple(project.views.values()), condition, flags.store, roots, run_id, flags.keep_sources)
         _ = condition.expression  # refused before anything is read
         require_no_erasure(flags.store, ERASE)
         models = trained(flags.store, flags.registry)
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def definition_of(flags: argparse.Namespace, stack: contextlib.ExitStack) -> Definition:
+def project_of(flags: argparse.Namespace, stack: contextlib.ExitStack) -> Project:
     """The definition that is named, or the newest one with the source that a registered model has recorded.
 
     Args:
@@ -84,7 +84,7 @@ def definition_of(flags: argparse.Namespace, stack: contextlib.ExitStack) -> Def
         DefinitionError: no model has recorded one with the source.
     """
     if flags.definition:
-        return load_definition(flags.definition)
+        return load_project(flags.definition)
     registry, found = Registry(registry_uri(flags.store, flags.registry)), list[str]()
     for name, version in sorted(registry.models(), key=lambda each: int(each[1]), reverse=True):
         _, folder, digest = registry.locate(name, version)
@@ -92,10 +92,10 @@ def definition_of(flags: argparse.Namespace, stack: contextlib.ExitStack) -> Def
         if "source" not in recorded or "modules" not in recorded:  # manifests of earlier versions of Millrace
             continue
         files = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        definition = load_recorded(str(recorded["name"]), recorded["source"], recorded["modules"], files)
-        if flags.source in declared_by(definition):
+        project = load_recorded(str(recorded["name"]), recorded["source"], recorded["modules"], files)
+        if flags.source in project.sources:
             print(f"by the definition that model {name} {version} has recorded")
-            return definition
+            return project
         found.append(f"{name} {version}")
     raise DefinitionError(
         "Without --definition, that of a registered model is used",
@@ -121,26 +121,16 @@ def require_own_sources(flags: argparse.Namespace) -> None:
         )
 
 
-def declared_by(definition: Definition) -> dict[str, Source]:
-    """The sources of a definition, by name."""
-    view = definition.view
-    declared = {view.spine.name: view.spine, **view.sources}
-    if definition.model is not None:
-        declared.setdefault(definition.model.label.source.name, definition.model.label.source)
-    return declared
-
-
-def declared_source(definition: Definition, name: str) -> Source:
+def source_of(project: Project, name: str) -> Source:
     """The source that the definition declares under this name.
 
     Raises:
         DefinitionError: there is no such source.
     """
-    declared = declared_by(definition)
-    if name not in declared:
-        rule = f"The definition declares the sources {', '.join(declared)}"
-        raise DefinitionError(rule, repr(name), nearest(name, declared))
-    return declared[name]
+    if name not in project.sources:
+        rule = f"The definition declares the sources {', '.join(project.sources)}"
+        raise DefinitionError(rule, repr(name), nearest(name, project.sources))
+    return project.sources[name]
 
 
 def unfinished(erasure: Erasure) -> ErasureRecord | None:

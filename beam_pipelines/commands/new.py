@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from beam_pipelines.runtime.arguments import Parser
 from beam_pipelines.runtime.errors import guard
 from schemas.errors import DefinitionError, StoreError
 from schemas.sources import identifier
@@ -133,14 +132,9 @@ if __name__ == "__main__":
 '''
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise DefinitionError(f"{self.prog}: {message}", None, f"See {self.prog} --help")
-
-
 def main(argv: Sequence[str]) -> int:
     """Writes the folder and prints what to run next."""
-    parser = _Parser("millrace new", description="Write a use case that runs: a definition and made-up data.")
+    parser = Parser("millrace new", description="Write a use case that runs: a definition and made-up data.")
     parser.add_argument("name", help="of the case, and of the folder to make")
     parser.add_argument("--folder", help="where the folder goes (default: here)", default=".")
     flags = parser.parse_args(list(argv))

@@ -53,14 +53,14 @@ def main(argv: Sequence[str]) -> int:
     flags, rest = arguments.parse(argv)
     if rest:
         arguments.error(f"unknown flag {rest[0]}; parity runs here, not on Beam")
-    definition = load_definition(flags.definition)
+    definition = load_definition(flags.definition, flags.view, flags.model)
     view = definition.view
     side = batch_side(view, flags)
     lines: list[str] = []
     with Run("parity", flags.run_id, FileSystems.join(flags.store, "runs", flags.run_id)) as run:
         found = check_parity(view, flags.store, flags.start, flags.end)
-        run.update(figures(found))
-        lines.append(table(view, found))
+        run.update(parity_figures(found))
+        lines.append(feature_lines(view, found))
         scored = rescored(definition, flags)
         if scored is not None:
             run.update({"predictions": scored.as_json()})
@@ -216,7 +216,7 @@ def text_of(scored: Rescored) -> str:
     )
 
 
-def figures(found: Parity) -> dict[str, object]:
+def parity_figures(found: Parity) -> dict[str, object]:
     """The result as in `run.json`, with keys older than the names here."""
     return {
         "answers_compared": found.feature_rows,
@@ -232,7 +232,7 @@ def figures(found: Parity) -> dict[str, object]:
     }
 
 
-def table(view: FeatureView, found: Parity) -> str:
+def feature_lines(view: FeatureView, found: Parity) -> str:
     """A line for each feature, and examples of values that differ."""
     width = max(map(len, found.features))
     lines = [

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from beam_pipelines.runtime.errors import guard
-from beam_pipelines.runtime.features_arguments import FeaturesOptions, parse
+from beam_pipelines.runtime.features_arguments import FeaturesOptions, parse_each
 from beam_pipelines.runtime.plan_text import looked_lines, prepared_lines, steps
 from beam_pipelines.runtime.terminal import columns, many, wrapped
 from schemas.durations import DAY
@@ -23,7 +23,16 @@ MOST_LINES = 40
 
 def main(argv: Sequence[str]) -> int:
     """Prints the plan. Returns 0 whether or not there is anything to compute."""
-    options = parse(argv, "plan", "Print what `millrace features` would do with the same flags, and run nothing.")
+    purpose = "Print what `millrace features` would do with the same flags, and run nothing."
+    for number, options in enumerate(parse_each(argv, "plan", purpose)):
+        if number:
+            print()
+        print_plan(options)
+    return 0
+
+
+def print_plan(options: FeaturesOptions) -> None:
+    """Prints the plan of one view."""
     work = prepare_features(options)
     view = options.view
     inventory = take_inventory(view, options.sources, options.now)
@@ -52,7 +61,6 @@ def main(argv: Sequence[str]) -> int:
             print(wrapped(f"{step}{': ' if inside else ''}{', '.join(inside)}", hanging=4))
     for note in work.stale.notes:
         print("\n" + wrapped(f"note: {note}", 0, hanging=2))
-    return 0
 
 
 def feature_lines(view: FeatureView) -> Iterator[tuple[str, str, str, str]]:
@@ -133,17 +141,17 @@ def _print_dates(options: FeaturesOptions, work: PreparedRun, plan: FeaturePlan)
     lines = reasons(options, work)
     rows = []
     for first, last, why in lines[:MOST_LINES]:
-        count = spine_rows(plan, midnight(first), midnight(last + 1))
+        count = estimated_spine_rows(plan, midnight(first), midnight(last + 1))
         rows.append((f"{as_date(first)}–{as_date(last)}", f"{last - first + 1:,}", f"{count:,}", why))
     print(columns(("dates", "days", "about rows", "why"), rows, ("days", "about rows")))
     if len(lines) > MOST_LINES:
         print(f"  and {many(len(lines) - MOST_LINES, 'more range')}")
-    total = sum(spine_rows(plan, first, last) for first, last in plan.ranges)
+    total = sum(estimated_spine_rows(plan, first, last) for first, last in plan.ranges)
     days = len(days_within(plan.ranges))
     print(f"  together {many(days, 'day')}, about {many(total, 'row')}")
 
 
-def spine_rows(plan: FeaturePlan, first: int, last: int) -> int:
+def estimated_spine_rows(plan: FeaturePlan, first: int, last: int) -> int:
     """The approximate number of spine rows in `[first, last)` µs, on the assumption that row groups are evenly
     filled."""
     total = 0.0
@@ -160,7 +168,7 @@ def _print_copies(view: FeatureView, copies: Copies, plan: FeaturePlan) -> None:
     rows = []
     days = days_within(plan.ranges)
     for first, last, names in _spans(copies, days):
-        count = spine_rows(plan, midnight(first), midnight(last + 1))
+        count = estimated_spine_rows(plan, midnight(first), midnight(last + 1))
         span = f"{as_date(first)}–{as_date(last)}"
         rows.append((span, f"{last - first + 1:,}", f"{count:,}", str(len(names)), str(len(every) - len(names))))
     numbers = ("days", "about rows", "copied", "computed")

@@ -160,11 +160,12 @@ def recorded_options(
         name = str(recorded["name"])
         if "modules" not in recorded:  # earlier versions of Millrace kept only the file of the definition
             name = "definition.py"
-        definition = load_recorded(name, recorded["source"], recorded.get("modules", {}), Path(folder))
-        if definition.view.fingerprint != bundle.fingerprint:
+        project = load_recorded(name, recorded["source"], recorded.get("modules", {}), Path(folder))
+        definition = project.definition(model=str(manifest["model"]))
+        if definition.require_model().rows.fingerprint != bundle.fingerprint:
             raise MismatchError(
                 "The recorded definition gives the recorded fingerprint",
-                f"{definition.view.fingerprint} and {bundle.fingerprint}",
+                f"{definition.require_model().rows.fingerprint} and {bundle.fingerprint}",
                 "Use the code version that trained it: " + str(manifest.get("code_version")),
             )
         cutoff = instant(read["cutoff"]).date()
@@ -173,7 +174,7 @@ def recorded_options(
             store=store,
             sources=recorded_sources_folder(manifest, store),
             run_id=run_id,
-            features_version=manifest["feature_table"]["version"],
+            features_versions=_versions(manifest),
             start=date.fromisoformat(read["start"]) if read["start"] else None,
             cutoff=cutoff,
             registry=registry,
@@ -186,8 +187,19 @@ def recorded_options(
         )
 
 
+def _versions(manifest: ModelManifest) -> dict[str, int]:
+    """Versions of the feature tables that a model was trained on, by view."""
+    views = manifest.get("views")
+    versions = (
+        {manifest["view"]: manifest["feature_table"]["version"]}
+        if views is None
+        else {each["view"]: each["version"] for each in views}
+    )
+    return {view: version for view, version in versions.items() if version is not None}
+
+
 def recorded_sources_folder(manifest: ModelManifest, store: str) -> str:
-    """The folder of sources on which a version was trained; a folder within its store is found in `store`."""
+    """The folder of sources that a version was trained on; one within its store is found in `store`."""
     sources, table = str(manifest["read"]["sources"]), str(manifest["feature_table"]["uri"])
     if "://" in sources or os.path.isabs(sources):
         # Earlier versions of Millrace recorded whole paths: <store>/features/<view>/<fingerprint> gives the store.

@@ -16,7 +16,7 @@ from beam_pipelines.runtime.arguments import Arguments
 from beam_pipelines.runtime.errors import guard
 from schemas.durations import DAY, microseconds
 from schemas.errors import DataError, DefinitionError, StoreError, nearest
-from schemas.loading import Definition, load_definition
+from schemas.loading import Definition, load_project
 from transforms.storage.delta_tables import DataFile, data_files, file_groups, newest_version, open_table, read_group
 from transforms.storage.paths import features_uri
 from transforms.validation.publish_check import (
@@ -59,16 +59,29 @@ class SchemaOptions:
 
     @property
     def command(self) -> str:
-        return f"--definition {self.definition.name} --store {self.store}"
+        return f"{self.definition.flags} --store {self.store}"
 
 
 def parse(action: str, argv: Sequence[str]) -> SchemaOptions:
-    """Options from flags.
+    """Options from flags that mean one view.
+
+    Raises:
+        DefinitionError: a flag or the definition is refused, or several views are meant.
+    """
+    found = parse_each(action, argv)
+    if len(found) > 1:
+        names = ", ".join(each.definition.view.name for each in found)
+        raise DefinitionError("One view is meant", names, "Choose one with --view")
+    return found[0]
+
+
+def parse_each(action: str, argv: Sequence[str]) -> list[SchemaOptions]:
+    """SchemaOptions from flags, of each view that is meant.
 
     Raises:
         DefinitionError: a flag or the definition is refused.
     """
-    arguments = Arguments(f"millrace schema {action}", ACTIONS[action].__doc__ or "")
+    arguments = Arguments(f"millrace schema {action}", ACTIONS[action].__doc__ or "", every="view")
     arguments.add_interval("spine rows")
     arguments.add_schema()
     if action == "infer":
@@ -82,19 +95,25 @@ def parse(action: str, argv: Sequence[str]) -> SchemaOptions:
     flags, rest = arguments.parse(argv)
     if rest:
         arguments.error(f"unknown flag {rest[0]}")
-    definition = load_definition(flags.definition)
-    # `Arguments` gives every run an id; here only an id from the flag counts.
+    definitions = load_project(flags.definition).each_view(flags.view, flags.model)
+    # Arguments names every run; here a name is only meant if it was given.
     named = any(word.split("=")[0] == "--run_id" for word in argv)
-    return SchemaOptions(
-        definition,
-        flags.store,
-        flags.schema or definition.schema_path,
-        flags.run_id if named else None,
-        flags.start,
-        flags.end,
-        _days(getattr(flags, "every", "1d")),
-        getattr(flags, "force", False),
-    )
+    if flags.schema and len(definitions) > 1:
+        value = ", ".join(each.view.name for each in definitions)
+        raise DefinitionError("--schema is that of one view", value, "Choose one with --view")
+    return [
+        SchemaOptions(
+            definition,
+            flags.store,
+            flags.schema or definition.schema_path,
+            flags.run_id if named else None,
+            flags.start,
+            flags.end,
+            _days(getattr(flags, "every", "1d")),
+            getattr(flags, "force", False),
+        )
+        for definition in definitions
+    ]
 
 
 def _days(text: str) -> int:
@@ -268,8 +287,8 @@ def main(argv: Sequence[str]) -> int:
     """Run `infer`, `check` or `update`; its exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         print(
-            "usage: millrace schema ACTION --definition … --store … [--schema FILE] [--run_id RUN] [--start …] "
-            "[--end …]\n"
+            "usage: millrace schema ACTION --definition … --store … [--view NAME] [--schema FILE] [--run_id RUN] "
+            "[--start …] [--end …]\n"
         )
         print("\n".join(f"  {name:<8}{action.__doc__}" for name, action in ACTIONS.items()))
         return 0 if argv else 2
@@ -278,7 +297,7 @@ def main(argv: Sequence[str]) -> int:
         raise DefinitionError(
             "millrace schema does one of infer, check, update", repr(action), nearest(action, ACTIONS)
         )
-    return ACTIONS[action](parse(action, rest))
+    return max([ACTIONS[action](options) for options in parse_each(action, rest)])
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
+from typing import cast
 
 import polars as pl
 from deltalake import DeltaTable
@@ -17,7 +20,7 @@ from beam_pipelines.runtime.arguments import Arguments, whole
 from beam_pipelines.runtime.terminal import columns, many, wrapped
 from schemas.durations import instant
 from schemas.errors import DataError, StoreError
-from schemas.loading import Definition, load_definition
+from schemas.loading import Definition, Project, load_project
 from transforms.features.manifest_store import read_manifest
 from transforms.lineage.erasure_records import ErasureRecord, erased_row, erasure_of, erasures
 from transforms.lineage.trace import (
@@ -40,6 +43,7 @@ from transforms.storage.delta_log import root_of as root_of_uri
 from transforms.storage.delta_tables import TableRow, open_table, table_root
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, present_path, table_path_in_store
+from transforms.storage.vacuum import tables_of
 
 DAYS_SHOWN = 8
 
@@ -60,17 +64,17 @@ def trace(argv: Sequence[str]) -> int:
         "--days", action="store_true", help=f"list the days a row could see, however many (default: up to {DAYS_SHOWN})"
     )
     flags = arguments.parse_all(argv)
-    definition = load_definition(flags.definition) if flags.definition else None
+    project = load_project(flags.definition) if flags.definition else None
     if (flags.prediction is None) == (not flags.key):
         arguments.error("name a row with --key COLUMN=VALUE, or a prediction with --prediction ID")
     moment = None if flags.time is None else instant(flags.time, "--time")
     if flags.prediction is not None:
-        model = definition.model.name if definition is not None and definition.model is not None else None
-        _trace_prediction(flags, definition, model, None if moment is None else moment.date())
+        only = next(iter(project.models)) if project is not None and len(project.models) == 1 else None
+        _trace_prediction(flags, project, flags.model or only, None if moment is None else moment.date())
         return 0
-    if definition is None:
+    if project is None:
         arguments.error("a feature row is traced with its --definition")
-    _trace_row(flags, definition, moment)
+    _trace_row(flags, project.definition(flags.view, flags.model), moment)
     return 0
 
 
@@ -195,9 +199,7 @@ def _print_sources(seen: Sequence[VisibleSource], days: bool) -> None:
             )
 
 
-def _trace_prediction(
-    flags: argparse.Namespace, definition: Definition | None, model: str | None, day: date | None
-) -> None:
+def _trace_prediction(flags: argparse.Namespace, project: Project | None, model: str | None, day: date | None) -> None:
     try:
         where, table, file, row = find_prediction(flags.store, flags.prediction, model, day, flags.live)
     except DataError:
@@ -214,10 +216,15 @@ def _trace_prediction(
     about = f"version {version} of {row['model']} in {registry}, {folder}"
     _print_model(about, flags.store, folder, manifest)
     _print_label_files(flags.store, manifest.get("label_files", []))
-    _print_trained(flags.store, manifest.get("feature_table", {}))
-    if definition is not None and live:
+    for trained in tables_of(manifest):
+        _print_trained(flags.store, cast(TableVersion, trained))
+    if project is None:
+        return
+    named = row["model"] if row["model"] in project.models else None
+    definition = project.definition(flags.view if named is None else None, named)
+    if live:
         _print_feature_row(flags, definition, row)
-    elif definition is not None:
+    else:
         _print_scored(flags, str(entry.get("features", "")), definition, row)
 
 
@@ -245,15 +252,16 @@ def _print_prediction(table: DeltaTable, row: TableRow, entry: CommitInfo, live:
 
 
 def _print_model(name: str, store: str, folder: str, manifest: ModelManifest) -> None:
-    """Prints a model version, what it was trained on, and its definition."""
-    trained, made_by = manifest.get("feature_table", {}), manifest.get("definition", {})
+    """Prints a model version, the feature tables that it was trained on, and its definition."""
+    made_by = manifest.get("definition", {})
     split = ", ".join(f"{part} {value}" for part, value in manifest.get("split", {}).items())
-    table = f"{_here(store, root_of_uri(str(trained.get('uri'))))} version {trained.get('version')}"
     print("\nmodel")
     print(wrapped(name, hanging=2))
     code = f"code {manifest.get('code_version')}"
     print(wrapped(f"trained by run {manifest.get('run_id')}, {code}, split {split}", hanging=2))
-    print(wrapped(f"on {table}, fingerprint {manifest['fingerprint']}", hanging=2))
+    for trained in tables_of(manifest) or [{}]:
+        table = f"{_here(store, root_of_uri(str(trained.get('uri'))))} version {trained.get('version')}"
+        print(wrapped(f"on {table}, fingerprint {trained.get('fingerprint', manifest['fingerprint'])}", hanging=2))
     print("\ndefinition")
     kept = os.path.join(os.path.dirname(folder.rstrip("/")), "definition.py")
     where = kept if os.path.exists(kept) else made_by.get("name")
@@ -261,9 +269,16 @@ def _print_model(name: str, store: str, folder: str, manifest: ModelManifest) ->
 
 
 def _here(store: str, table: str) -> str:
-    """The present path of a feature table, possibly with @ and a version: stores may be moved."""
+    """Feature tables, perhaps with @ and a version, where they lie now: stores may be moved."""
+    if len(several := _versions(table)) > 1:
+        return ", ".join(_here(store, f"{uri}@{version}") for uri, version in several)
     uri, at, version = table.rpartition("@") if "@" in table.rsplit("/", 1)[-1] else (table, "", "")
     return present_path(store, uri, "features") + at + version
+
+
+def _versions(features: str) -> list[tuple[str, str]]:
+    """Addresses and versions of the feature tables that a commit of predictions names."""
+    return re.findall(r"(.+?)@(\d+)(?:, |$)", features)
 
 
 def _print_label_files(store: str, files: Sequence[str]) -> None:
@@ -307,19 +322,35 @@ def _print_feature_row(flags: argparse.Namespace, definition: Definition, row: T
 
 
 def _print_scored(flags: argparse.Namespace, features: str, definition: Definition, row: TableRow) -> None:
-    """Prints the origin of the scored row, from the version of the feature table that was scored if that is still
-    there."""
-    uri, _, version = features.rpartition("@")
-    table = None
-    if version.isdigit() and table_path_in_store(uri).startswith(
-        f"features/{definition.view.name}/{definition.view.fingerprint}"
-    ):
-        with contextlib.suppress(StoreError):
-            table = view_table(flags.store, definition.view, int(version))
+    """Prints where the scored row came from, as `_print_scored_of` does, of each view of the model."""
+    versions = dict(_versions(features))
+    model = definition.model
+    for view in (definition.view,) if model is None else model.views:
+        if view is definition.view:
+            conditions = {"row_id": row["row_id"]}
+        else:  # the prediction has the row id of the first view
+            conditions = {name: row[name] for name in (*view.key, view.time)}
+        of = definition if view is definition.view else dataclasses.replace(definition, view=view)
+        _print_scored_of(flags, versions, of, row, conditions)
+
+
+def _print_scored_of(
+    flags: argparse.Namespace,
+    versions: Mapping[str, str],
+    definition: Definition,
+    row: TableRow,
+    conditions: Mapping[str, object],
+) -> None:
+    """Prints where a row of one view came from, in the version of its table that was scored if that is still there."""
+    view, table = definition.view, None
+    for uri, version in versions.items():
+        if table_path_in_store(uri).startswith(f"features/{view.name}/{view.fingerprint}"):
+            with contextlib.suppress(StoreError):
+                table = view_table(flags.store, view, int(version))
     print(f"\nthe row that was scored{'' if table else ', as the feature table has it now'}")
-    table = table or view_table(flags.store, definition.view)
-    for file, found in find_rows(table, {"row_id": row["row_id"]}, row["date"]):
-        _print_origin(origin_of(definition.view, table, file, found), definition, flags)
+    table = table or view_table(flags.store, view)
+    for file, found in find_rows(table, conditions, row["date"]):
+        _print_origin(origin_of(view, table, file, found), definition, flags)
 
 
 def _when(entry: CommitInfo) -> str:

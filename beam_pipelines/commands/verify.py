@@ -13,7 +13,7 @@ from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.run_report import Run
 from beam_pipelines.runtime.verify_arguments import ALL, some_or_all
 from schemas.errors import DataError
-from schemas.loading import load_definition
+from schemas.loading import load_project
 from schemas.views import FeatureView
 from transforms.sources.inventory import take_inventory
 from transforms.sources.listing import require_unchanged
@@ -26,7 +26,9 @@ from transforms.verification.check import VERIFIED_ROWS, SampleSize, Verificatio
 def main(argv: Sequence[str]) -> int:
     """Returns 0 if no value differs, else 5; prints a row that differs, its feature and both values."""
     arguments = Arguments(
-        "millrace verify", "Compute rows of a feature table again by plain code, from all rows of the sources."
+        "millrace verify",
+        "Compute rows of a feature table again by plain code, from all rows of the sources.",
+        every="view",
     )
     arguments.add_interval("spine rows")
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
@@ -40,25 +42,31 @@ def main(argv: Sequence[str]) -> int:
     flags, rest = arguments.parse(argv)
     if rest:
         arguments.error(f"unknown flag {rest[0]}; verify runs here, not on Beam")
-    view = load_definition(flags.definition).view
+    views = [each.view for each in load_project(flags.definition).each_view(flags.view, flags.model)]
     rows = None if flags.rows == ALL else flags.rows
+    results: dict[str, Verified] = {}
     with Run("verify", flags.run_id, FileSystems.join(flags.store, "runs", flags.run_id), quiet=flags.json) as run:
-        if flags.live:
-            from transforms.lineage.live_verification import verify_live
+        for view in views:
+            if flags.live:
+                from transforms.lineage.live_verification import verify_live
 
-            found = verify_live(view, flags.store, rows, flags.run_id, flags.start, flags.end)
-        else:
-            found = verify_table(view, flags, rows)
-        run.update({"verified": str(found), "verification": found.figures})
+                results[view.name] = verify_live(view, flags.store, rows, flags.run_id, flags.start, flags.end)
+            else:
+                results[view.name] = verify_table(view, flags, rows)
+        reports = {name: {"verified": str(each), "verification": each.figures} for name, each in results.items()}
+        run.update(reports[views[0].name] if len(views) == 1 else {"views": reports})
         if flags.json:
-            print(json.dumps(found.figures, indent=2, default=str), flush=True)
+            figures = {name: each.figures for name, each in results.items()}
+            shown = figures[views[0].name] if len(views) == 1 else figures
+            print(json.dumps(shown, indent=2, default=str), flush=True)
     kind = "--live " if flags.live else ""
-    found.require_equal(
-        "Published rows equal those that plain code computes by the definition, from all rows of the sources",
-        "If the sources have not changed since (millrace plan shows which dates are stale), please "
-        "report it, "
-        f"with run.json: millrace verify {kind}--run_id {flags.run_id}",
-    )
+    for found in results.values():
+        found.require_equal(
+            "Published rows equal those that plain code computes by the definition, from all rows of the sources",
+            "If the sources have not changed since (millrace plan shows which dates are stale), please "
+            "report it, "
+            f"with run.json: millrace verify {kind}--run_id {flags.run_id}",
+        )
     return 0
 
 

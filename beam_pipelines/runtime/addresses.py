@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -9,6 +10,10 @@ from collections.abc import Sequence
 from urllib.parse import unquote, urlsplit
 
 from schemas.errors import DefinitionError, StoreError
+from transforms.storage.bounded import NoResponse, first_contact
+from transforms.storage.file_systems import FileSystems
+
+log = logging.getLogger("millrace")
 
 # Object stores that both Beam and delta-rs support: the module that Beam needs for each, and the package that installs
 # it.
@@ -27,7 +32,8 @@ def usable_address(flag: str, address: str, beam_args: Sequence[str]) -> str:
 
     Raises:
         DefinitionError: it is not a path.
-        StoreError: nothing can be stored at such an address. Nothing was sent over the network.
+        StoreError: nothing can be stored at such an address, before anything was sent over the network; or the object
+            store does not respond.
     """
     if not address or "\0" in address:
         raise DefinitionError(f"{flag} names a folder, or an address that begins with gs:// or s3://", repr(address))
@@ -51,7 +57,27 @@ def usable_address(flag: str, address: str, beam_args: Sequence[str]) -> str:
     if not _installed(module):
         raise StoreError(f"{flag} at {parts.scheme}:// needs the package {module}", "none installed", install)
     _prepare_beam(beam_args)
+    _require_response(flag, address.rstrip("/"))
     return address.rstrip("/")
+
+
+@functools.lru_cache(16)
+def _require_response(flag: str, address: str) -> None:
+    """Asks the object store once, where its libraries would try for minutes.
+
+    Raises:
+        StoreError: it does not respond.  Whoever uses it gets its other errors.
+    """
+    try:
+        first_contact(lambda: FileSystems.exists(address))
+    except NoResponse as error:
+        raise StoreError(
+            f"The object store that {flag} names can be reached",
+            f"{address}: {error}",
+            "Check the address, the network and the credentials",
+        ) from None
+    except Exception as error:
+        log.debug("%s: %s", address, error)
 
 
 def _installed(module: str) -> bool:
@@ -67,8 +93,9 @@ def _prepare_beam(beam_args: Sequence[str]) -> None:
     from apache_beam.options.pipeline_options import PipelineOptions
 
     FileSystems.set_options(PipelineOptions(list(beam_args)))
-    # Logs a traceback for each attempt.
-    logging.getLogger("apache_beam.utils.retry").setLevel(logging.ERROR)
+    # These log a traceback for each attempt, and that there are no credentials.
+    for name in ("apache_beam.utils.retry", "apache_beam.internal.gcp.auth"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def local_path(path: str) -> str:

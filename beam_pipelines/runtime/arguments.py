@@ -9,14 +9,24 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Sequence
-from datetime import date, timedelta
-from typing import NoReturn
+from datetime import date
+from typing import TYPE_CHECKING, NoReturn
 
 from beam_pipelines.runtime.addresses import local_path, usable_address
 from schemas.errors import DefinitionError, nearest
 
-# If more than half of the rows are rejected, the source itself is wrong.
+if TYPE_CHECKING:
+    from schemas.loading import Definition
+
+# If more than half of the rows are rejected, the source itself is at fault.
 MAX_DEAD_FRACTION = 0.5
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are those of Millrace."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DefinitionError(f"{self.prog}: {message}", None, f"See {self.prog} --help")
 
 
 class _FirstAndAll(argparse.Action):
@@ -29,12 +39,12 @@ class _FirstAndAll(argparse.Action):
         values: str | Sequence[object] | None,
         option_string: str | None = None,
     ) -> None:
-        every = [*getattr(namespace, f"{self.dest}s", []), values]
-        setattr(namespace, self.dest, every[0])
-        setattr(namespace, f"{self.dest}s", every)
+        values_so_far = [*getattr(namespace, f"{self.dest}s", []), values]
+        setattr(namespace, self.dest, values_so_far[0])
+        setattr(namespace, f"{self.dest}s", values_so_far)
 
 
-class Arguments(argparse.ArgumentParser):
+class Arguments(Parser):
     """An argparse parser that passes unknown flags on to Beam, unless one is almost a flag of Millrace.
 
     >>> arguments = Arguments("millrace features", "Compute features.")
@@ -47,21 +57,36 @@ class Arguments(argparse.ArgumentParser):
         description: what the command does.
         definition: whether --definition is required; None means that there is no such flag.
         beam: whether the command launches a pipeline, and so has --run_id and accepts flags for Beam.
+        every: `view` or `model`, if the command works on all views or models of the definition unless one is chosen;
+            `all`, if none can be chosen.
         several: whether --definition may be repeated; `definition` is then the first one, and `definitions` all.
     """
 
     def __init__(
-        self, prog: str, description: str, definition: bool | None = True, beam: bool = True, several: bool = False
+        self,
+        prog: str,
+        description: str,
+        definition: bool | None = True,
+        beam: bool = True,
+        every: str = "",
+        several: bool = False,
     ) -> None:
         beyond = "Any other flag goes to Beam: --runner, --job_endpoint, --project, …" if beam else None
         super().__init__(prog=prog, description=description, allow_abbrev=False, epilog=beyond)
         if definition is not None:
-            text = "module or .py file that names `view` and `model`"
+            text = "module, package or .py file that names views and models"
             if several:
-                more = f"{text}; repeated: a job of several views, the newest definition first"
-                self.add_argument("--definition", required=definition, action=_FirstAndAll, help=more)
+                text += "; repeated: a job of several views, the newest definition first"
+                self.add_argument("--definition", required=definition, action=_FirstAndAll, help=text)
             else:
                 self.add_argument("--definition", required=definition, help=text)
+            for kind in ("view", "model") if every != "all" else ():
+                default = (
+                    f"every {kind}" if kind == every else "what the other flags leave open" if every else "the only one"
+                )
+                self.add_argument(
+                    f"--{kind}", metavar="NAME", help=f"a {kind} that the definition names (default: {default})"
+                )
         self.add_argument(
             "--store",
             required=True,
@@ -139,9 +164,6 @@ class Arguments(argparse.ArgumentParser):
             ours = [option for action in self._actions for option in action.option_strings]
             self.error(f"unknown flag {rest[0]}; {nearest(rest[0].split('=')[0], ours)}")
         return namespace
-
-    def error(self, message: str) -> NoReturn:
-        raise DefinitionError(f"{self.prog}: {message}", None, f"See {self.prog} --help")
 
 
 def require_usable_path(flag: str, text: str | None) -> None:
@@ -236,5 +258,6 @@ def finite_number(text: str) -> float:
 threads = whole(0, 1024)
 
 
-def next_day(value: date) -> date:
-    return value + timedelta(days=1)
+def run_of_model(run_id: str, definition: Definition, models: int) -> str:
+    """The id of the run of one of so many models: of several each has a run of its own."""
+    return run_id if models == 1 else f"{run_id}-{definition.require_model().name}"

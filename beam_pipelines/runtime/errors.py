@@ -128,4 +128,4 @@ def resume_command(run: Run, argv: Sequence[str]) -> str:
         for i, word in enumerate(words)
         if not word.startswith("--run_id=") and word != "--run_id" and (i == 0 or words[i - 1] != "--run_id")
     ]
-    return without_secrets(shlex.join(["millrace", command, *kept, "--run_id", run_id]))
+    return without_secrets(shlex.join(["millrace", command, *kept, *run.words, "--run_id", run_id]))

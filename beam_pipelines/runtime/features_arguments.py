@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from beam_pipelines.runtime.arguments import Arguments, finite_number, whole
 from beam_pipelines.runtime.verify_arguments import VerifyFlags, add_verification
-from schemas.loading import Definition, load_definition
+from schemas.errors import DefinitionError
+from schemas.loading import Definition, load_project
 from transforms.features.plan import BLOCK_ROWS, BROADCAST_BYTES, MOST_SHARDS
 from transforms.features.preparation import FeaturesRequest
 from transforms.storage.file_systems import FileSystems
@@ -37,46 +38,75 @@ class FeaturesOptions(FeaturesRequest):
         """Folder of the run's report."""
         return FileSystems.join(self.store, "runs", self.run_id)
 
+    @property
+    def account(self) -> str:
+        """File with the figures of the view's commit."""
+        name = f"account-{self.view.name}.json" if self.definition.is_one_of_several else "account.json"
+        return FileSystems.join(self.folder, name)
+
 
 PLANS = {"auto": None, "slices": False, "shuffle": True}
 
 
-def parse(
+def parse(argv: Sequence[str]) -> FeaturesOptions:
+    """Parses the flags of `features` that mean one view.
+
+    Raises:
+        DefinitionError: a flag or the definition is invalid, or several views are meant.
+    """
+    found = parse_each(argv)
+    if len(found) > 1:
+        names = ", ".join(each.view.name for each in found)
+        raise DefinitionError("One view is meant", names, "Choose one with --view")
+    return found[0]
+
+
+def parse_each(
     argv: Sequence[str],
     command: str = "features",
-    purpose: str = "Compute a view's features and commit them to its table.",
-) -> FeaturesOptions:
-    """Parses the flags of `features`, which are also those of `plan`.
+    purpose: str = "Compute the features of views and commit them to their tables.",
+) -> list[FeaturesOptions]:
+    """Parses the flags of `features`, which are also those of `plan`: the options of each view that is meant.
 
     Raises:
         DefinitionError: a flag or the definition is invalid.
     """
-    arguments = Arguments(f"millrace {command}", purpose)
+    arguments = Arguments(f"millrace {command}", purpose, every="view")
     arguments.add_interval("spine rows")
     arguments.add_argument("--sources", help="folder of the sources (default: <store>/sources)")
     add_choice_of_dates(arguments)
     add_division_of_work(arguments)
     add_checks(arguments)
     flags, rest = arguments.parse(argv)
-    definition = load_definition(flags.definition)
-    return FeaturesOptions(
-        definition=definition,
-        store=flags.store,
-        sources=flags.sources or FileSystems.join(flags.store, "sources"),
-        run_id=flags.run_id,
-        start=flags.start,
-        end=flags.end,
-        full=flags.full,
-        refresh=flags.refresh,
-        block_rows=flags.block_rows,
-        shuffled=PLANS[flags.plan],
-        key_shards=flags.key_shards,
-        broadcast_bytes=flags.broadcast_mb * 1e6,
-        rules=publish_rules(flags, definition),
-        verify=VerifyFlags(flags.verify, flags.verify_share),
-        now=time.time_ns() // 1000,
-        beam_args=tuple(rest),
-    )
+    now = time.time_ns() // 1000
+    definitions = load_project(flags.definition).each_view(flags.view, flags.model)
+    if flags.schema and len(definitions) > 1:
+        raise DefinitionError(
+            "--schema is that of one view",
+            ", ".join(each.view.name for each in definitions),
+            "Choose one with --view, or write <view>.schema.pbtxt beside the definition",
+        )
+    return [
+        FeaturesOptions(
+            definition=definition,
+            store=flags.store,
+            sources=flags.sources or FileSystems.join(flags.store, "sources"),
+            run_id=flags.run_id,
+            start=flags.start,
+            end=flags.end,
+            full=flags.full,
+            refresh=flags.refresh,
+            block_rows=flags.block_rows,
+            shuffled=PLANS[flags.plan],
+            key_shards=flags.key_shards,
+            broadcast_bytes=flags.broadcast_mb * 1e6,
+            rules=publish_rules(flags, definition),
+            verify=VerifyFlags(flags.verify, flags.verify_share),
+            now=now,
+            beam_args=tuple(rest),
+        )
+        for definition in definitions
+    ]
 
 
 def add_choice_of_dates(arguments: Arguments) -> None:

@@ -13,10 +13,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
+from typing import TextIO, cast
 
 STOPPED = 130
+# The exit code where all is well but for what was to be printed: that of a file that cannot be written.
+UNWRITTEN = 4
 # Seconds within which a command must end after a signal.  A live job has no limit: it completes its turn.
 ENDING, LEAVING = 10.0, 3.0
 
@@ -88,14 +91,72 @@ INTERRUPT = Interrupt()
 
 
 def as_process(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Runs `main` as the command of this process; a SIGINT ends the process with one line and exit code 130."""
+    """Runs `main` as the command of this process; a SIGINT ends the process with one line and exit code 130.
+
+    What it prints may go to a full disk, or to a reader that has gone: it does its work all the same.
+    """
     INTERRUPT.listen(None if "--streaming" in argv else ENDING)
+    out, error = (Output(each, number) for number, each in ((1, sys.stdout), (2, sys.stderr)))
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, error)
     try:
         code = main(argv)
+    except SystemExit as ended:  # of --help
+        code = ended.code if isinstance(ended.code, int) else 0
     except BaseException:
         if INTERRUPT.came:
             INTERRUPT.leave()
         raise
     if code == STOPPED and INTERRUPT.came:
         INTERRUPT.leave()
+    lost, _ = out.close(), error.close()
+    if code == 0 and lost is not None and not isinstance(lost, BrokenPipeError):
+        with contextlib.suppress(OSError):
+            os.write(2, f"millrace: what was printed is lost: {lost.strerror or lost}; the work is done\n".encode())
+        return UNWRITTEN
     return code
+
+
+class Output:
+    """Standard output or standard error, whose errors are kept instead of raised: they say nothing about the work.
+
+    Args:
+        stream: where it goes; None if the process has none.
+        number: its file descriptor.
+    """
+
+    def __init__(self, stream: TextIO | None, number: int) -> None:
+        self.stream: TextIO = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+        self.number = number
+        self.lost: OSError | None = None
+
+    def write(self, text: str) -> int:
+        if self.lost is None:
+            self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        if self.lost is None:
+            self._try(self.stream.flush)
+
+    def close(self) -> OSError | None:
+        """Writes the rest; returns the first error.  What is lost is not tried again when the process ends."""
+        self.flush()
+        if self.lost is not None:
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.number)
+                os.close(nowhere)
+        return self.lost
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            self.lost = error
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)

@@ -38,6 +38,7 @@ class Run:
         self.pipeline, self.folder, self.quiet = pipeline, folder, quiet
         self.figures: dict[str, object] = {"pipeline": pipeline, "run_id": run_id}
         self.where = ""  # its table and dates, for messages
+        self.words: tuple[str, ...] = ()  # flags that choose what the command works on, for the command that resumes it
         progress()
 
     def __setitem__(self, name: str, value: object) -> None:
@@ -84,10 +85,10 @@ class Run:
             self.figures["rows_per_second"] = round(rows / max(seconds, 1e-9))
         write_json(FileSystems.join(self.folder, "run.json"), self.figures)
         if not self.quiet:
-            print(table(self.pipeline, self.figures), flush=True)
+            print(figures_table(self.pipeline, self.figures), flush=True)
 
 
-def table(title: str, figures: dict[str, object]) -> str:
+def figures_table(title: str, figures: dict[str, object]) -> str:
     """The figures as lines of a name and a value; nested figures are only in `run.json`."""
     flat = {
         name.replace("_", " "): _text(value)
@@ -98,7 +99,12 @@ def table(title: str, figures: dict[str, object]) -> str:
     for source, tally in tallies.items() if isinstance(tallies, dict) else ():
         flat[source] = ", ".join(f"{count:,} {what}" for what, count in tally.items() if count)
     width = max(map(len, flat), default=0)
-    return "\n".join([f"\n{title}", *(f"  {name:<{width}}  {value}" for name, value in flat.items())])
+    lines = [f"\n{title}", *(f"  {name:<{width}}  {value}" for name, value in flat.items())]
+    views = figures.get("views")
+    lines += (
+        [figures_table(f"{title}: {name}", each) for name, each in views.items()] if isinstance(views, dict) else []
+    )
+    return "\n".join(lines)
 
 
 def _text(value: object) -> str:

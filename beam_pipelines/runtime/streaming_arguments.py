@@ -11,9 +11,10 @@ from beam_pipelines.runtime.arguments import Arguments, whole
 from beam_pipelines.runtime.protection import hide
 from schemas.durations import microseconds
 from schemas.errors import DefinitionError
-from schemas.loading import Definition, load_definition
+from schemas.loading import load_definition
 from transforms.streaming.kafka import Broker
 from transforms.streaming.kafka_properties import read_properties, secrets_of
+from transforms.streaming.live_job import LiveJob
 from transforms.streaming.message_limits import DEFAULT_LIMITS, MessageLimits
 
 # Flag → its default, its greatest value, and what it limits.  Python's stack bounds the depth.
@@ -40,25 +41,13 @@ class StreamingOptions:
     """The values of the shared flags.
 
     Args:
-        definition: the definition, loaded.
-        store: the folder of the tables.
-        run_id: the run.
-        replaying: whether messages come from a replay instead of Kafka.
-        broker: the broker; None if none is named.
-        prefix: the prefix of the names of all topics.
-        sinks: "table", "topic" or both.
+        job: where the job reads and writes.
         lengths: µs by the name of the flag.
         limits: the most that a message may contain.
         beam_args: the flags for Beam.
     """
 
-    definition: Definition
-    store: str
-    run_id: str
-    replaying: bool
-    broker: Broker | None
-    prefix: str
-    sinks: tuple[str, ...]
+    job: LiveJob
     lengths: Mapping[str, int]
     limits: MessageLimits
     beam_args: tuple[str, ...]
@@ -66,7 +55,7 @@ class StreamingOptions:
     @property
     def folder(self) -> str:
         """Folder of the run's report."""
-        return os.path.join(self.store, "runs", self.run_id)
+        return os.path.join(self.job.store, "runs", self.job.run_id)
 
     @property
     def status(self) -> str:
@@ -127,7 +116,7 @@ class StreamingArguments(Arguments):
             DefinitionError: a flag or the definition is refused, or a broker is needed and not named.
         """
         flags, rest = self.parse(argv)
-        definition = load_definition(flags.definition)
+        definition = load_definition(flags.definition, flags.view, flags.model)
         lengths = {
             each.name: microseconds(getattr(flags, each.name), f"--{each.name}", zero=each.zero)
             for each in self.lengths
@@ -140,7 +129,7 @@ class StreamingArguments(Arguments):
         if sink != "table" and flags.bootstrap is None:
             fix = "Add --bootstrap HOST:PORT, or --sink table"
             raise DefinitionError(f"--sink {sink} needs a broker", "no --bootstrap", fix)
-        options = StreamingOptions(
+        job = LiveJob(
             definition=definition,
             store=flags.store,
             run_id=flags.run_id,
@@ -148,6 +137,9 @@ class StreamingArguments(Arguments):
             broker=_broker(flags),
             prefix=flags.topic_prefix,
             sinks=("table", "topic") if sink == "both" else (sink,),
+        )
+        options = StreamingOptions(
+            job,
             lengths=lengths,
             limits=MessageLimits(
                 rows=flags.max_message_rows,

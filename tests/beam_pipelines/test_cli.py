@@ -10,6 +10,8 @@ import pytest
 
 from beam_pipelines import features
 from tests.support import shop
+from tests.support.trained_models import trained
+from transforms.models.registry import Registry, registry_uri
 
 HEAVY = ("apache_beam", "polars", "pyarrow", "numpy", "mlflow", "xgboost", "tensorflow")
 # Each takes as long to import as these commands may take together.
@@ -39,11 +41,13 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a feature table, and one day of its spine that is not computed."""
+    """A store with a feature table, one day of its spine that is not computed, and a registered model."""
     folder = tmp_path_factory.mktemp("store")
     definition = shop.write(folder, 200)
     argv = ["--definition", str(definition), "--store", str(folder), "--end", "2024-02-20", "--no-statistics"]
     assert features.main([*argv, "--verify", "0"]) == 0
+    registry = Registry(registry_uri(str(folder)))
+    registry.promote("delay", registry.register(trained(), "run-1"), "the first")
     return folder
 
 
@@ -73,7 +77,8 @@ def test_help_of_a_command_that_runs_no_pipeline_imports_nothing_slow(command: s
         ("plan --definition STORE/definition.py --store STORE", 0),
         ("plan --definition STORE/definition.py --store STORE --full --plan shuffle", 0),
         ("trace --definition STORE/definition.py --store STORE --key visit=1", 0),
-        ("models --store STORE", 3),  # there are none
+        ("models --store STORE", 0),
+        ("models --store STORE --model other", 3),
         ("vacuum --store STORE", 0),
     ],
 )

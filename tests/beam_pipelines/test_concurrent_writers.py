@@ -1,4 +1,4 @@
-"""Two processes load at once: of different dates both commit; of the same dates one does, and the other says so."""
+"""Two processes load at once: of different dates both commit; of the same dates one does, and the other reports it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def held(case: Case, store: Path, run_id: str, step: int, *flags: str) -> Process:
-    """A load that waits at a step, its plan made."""
+    """A load that waits at a step after its plan was made."""
     process = case.zygote.start(
         "features",
         *case.arguments,
@@ -72,7 +72,7 @@ def test_two_loads_of_different_dates_both_commit(case: Case, step: int) -> None
 
 
 @pytest.mark.parametrize("step", [3, 12, 24])
-def test_of_two_loads_of_the_same_dates_one_commits_and_the_other_says_so(case: Case, step: int) -> None:
+def test_of_two_loads_of_the_same_dates_one_commits_and_the_other_reports_it(case: Case, step: int) -> None:
     store = case.copy(f"same-{step}")
     # A load takes fewer steps the fewer files it writes: both wait before the first of them commits.
     commit = next(i for i, each in enumerate(case.undisturbed.steps) if f"/{case.table}/_delta_log/" in each)
@@ -82,13 +82,13 @@ def test_of_two_loads_of_the_same_dates_one_commits_and_the_other_says_so(case: 
     ends = [process.wait() for process in both]
     assert sorted(ended.code for ended in ends) == [0, ConflictError.exit_code], [ended.err for ended in ends]
     (loser,) = (i for i, ended in enumerate(ends) if ended.code)
-    said = ends[loser].err
+    printed = ends[loser].err
     winner, name = ("right", "left") if loser == 0 else ("left", "right")
-    assert "Nobody else changes the dates of a run while it works on" in said
-    assert f"written by run {winner}" in said
-    assert "2024-03-0" in said
-    assert f"--run_id {name}" in said.splitlines()[-1]
-    assert "Traceback" not in said
+    assert "Nobody else changes the dates of a run while it works on" in printed
+    assert f"written by run {winner}" in printed
+    assert "2024-03-0" in printed
+    assert f"--run_id {name}" in printed.splitlines()[-1]
+    assert "Traceback" not in printed
     now, new = content(store, case.table), content(case.after, case.table)
     assert all(same(now[table], new[table]) for table in new)
     assert case.load(store, name).code == 0, "the command it named"

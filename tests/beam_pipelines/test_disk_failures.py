@@ -1,5 +1,5 @@
-"""Disks that are full, read-only or closed: a message that says so, nothing half-written, and the same command goes on
-later."""
+"""Disks that are full, read-only or closed: a message names this, nothing is half-written, and the same command
+continues later."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def refused(ended: Ended, *words: str) -> None:
 
 
 def unchanged(case: Case, store: Path) -> None:
-    """Readers have what they had; dead letters may be told already."""
+    """Readers have what they had; dead letters may be committed already."""
     found, old, new = content(store, case.table), content(case.before, case.table), content(case.after, case.table)
     dead_letters = "dead_letters/features"
     assert same(found[case.table], old[case.table])
@@ -74,11 +74,11 @@ def test_a_full_disk_stops_a_run_at_any_step_and_room_lets_it_go_on(case: Case, 
             if not committed:
                 unchanged(case, store)
             assert not [path for path in store.rglob(".*") if path.is_file()], "half a file takes up room"
-            said = ended.err.partition("Got ")[2]
+            printed = ended.err.partition("Got ")[2]
             positions |= {
                 position
                 for position in ("/runs/", "/_summaries/", "/date=", "/_statistics/", "/_manifests/", "dead_letters")
-                if position in said
+                if position in printed
             }
             remount(mounted, "size=64m")
             goes_on(case, store)

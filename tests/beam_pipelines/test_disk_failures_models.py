@@ -78,8 +78,10 @@ def test_a_full_disk_is_one_message_and_room_lets_the_command_go_on(
                 failed += 1
                 assert ended.code == 4, (ended.code, ended.err)
                 assert "Traceback" not in ended.err, ended.err
-                told = [line for line in ended.err.splitlines() if line.startswith("millrace: ") and ". Got " in line]
-                assert len(told) == 1, ended.err
+                reported = [
+                    line for line in ended.err.splitlines() if line.startswith("millrace: ") and ". Got " in line
+                ]
+                assert len(reported) == 1, ended.err
                 again = models.run(*words(command, store), watch=store)
                 assert again.code in (0, 6), again.err
             if command in ("training", "register"):

@@ -21,7 +21,7 @@ from schemas import load_definition
 from schemas.durations import DAY
 from schemas.errors import ContractError, DataError, DefinitionError, StoreError
 from tests.support import market
-from tests.support.features_runs import answers, days, dead_letters, run, same, table_of
+from tests.support.features_runs import days, dead_letters, feature_rows, run, same, table_of
 from transforms.features.plan import plan_features
 from transforms.features.preparation import PreparedRun
 from transforms.records.times import EPOCH, MICROSECOND
@@ -81,14 +81,14 @@ def test_nan_is_taken_as_no_value(tmp_path: Path, column: str) -> None:
     nan = with_column(source, **{column: pl.col(column).fill_null(float("nan"))})(frames)
     run(market.write(tmp_path / "a", nan))
     run(market.write(tmp_path / "b", frames))
-    same(answers(tmp_path / "a"), answers(tmp_path / "b"))
+    same(feature_rows(tmp_path / "a"), feature_rows(tmp_path / "b"))
     assert dead_letters(tmp_path / "a").is_empty()
 
 
 def test_extra_columns_are_ignored(tmp_path: Path) -> None:
     frames = with_column("visits", colour=pl.lit("red"), more=pl.lit([1]))(market.sources(30))
     assert run(market.write(tmp_path, frames))["rows_out"] == 30
-    assert "colour" not in answers(tmp_path).columns
+    assert "colour" not in feature_rows(tmp_path).columns
 
 
 def test_identical_questions_are_answered_once(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_column_that_was_narrower_in_older_files_is_read_as_declared(tmp_path:
         tmp_path / "b", "visits", 1, asked=pl.col("asked").dt.cast_time_unit("ns").dt.convert_time_zone("Asia/Tokyo")
     )
     run(tmp_path / "b")
-    same(answers(tmp_path / "b"), answers(tmp_path / "a"))
+    same(feature_rows(tmp_path / "b"), feature_rows(tmp_path / "a"))
 
 
 def set_back(frame: pl.DataFrame, time: str, pieces: int = 7) -> pl.DataFrame:
@@ -208,7 +208,7 @@ def set_back(frame: pl.DataFrame, time: str, pieces: int = 7) -> pl.DataFrame:
     )
 
 
-def test_rows_of_clocks_that_ran_backwards_are_answered_as_if_in_order(tmp_path: Path) -> None:
+def test_rows_of_clocks_that_ran_backwards_are_computed_as_if_in_order(tmp_path: Path) -> None:
     """Within row groups, over row groups and over files; blocks read the slices that they need, or rows are sent to
     them."""
     frames = market.spoiled(market.sources(60))
@@ -221,7 +221,7 @@ def test_rows_of_clocks_that_ran_backwards_are_answered_as_if_in_order(tmp_path:
                 part = rows[len(rows) * i // files : len(rows) * (i + 1) // files].to_arrow()
                 pq.write_table(part, store / "sources" / name / f"part-{i}.parquet", row_group_size=group)
         figures = run(store, "--block_rows", str(block_rows), "--plan", plan)
-        same(answers(store), answers(tmp_path / "ordered"))
+        same(feature_rows(store), feature_rows(tmp_path / "ordered"))
         assert figures["set_aside"] == sum(market.SET_ASIDE.values())
 
 
@@ -236,7 +236,7 @@ view = FeatureView("hourly", visits, key="visit", features=[
 
 
 def test_rows_in_no_order_at_all_are_sent_to_their_blocks(tmp_path: Path) -> None:
-    """Each block would read nearly everything for an hour's rows: the plan is a shuffle, as nobody asked for it."""
+    """Each block would read nearly everything for an hour's rows: the plan is a shuffle without a flag for it."""
     random = np.random.default_rng(5)
     rows = 3000
     hours, more = random.integers(0, 60 * 24, rows), random.integers(0, 3_600_000_000, rows)
@@ -276,7 +276,7 @@ def test_rows_in_no_order_at_all_are_sent_to_their_blocks(tmp_path: Path) -> Non
     assert len(hour) == rows
 
 
-def test_an_interval_without_questions_is_refused_with_those_there_are(tmp_path: Path) -> None:
+def test_an_interval_without_spine_rows_is_refused_with_those_there_are(tmp_path: Path) -> None:
     market.write(tmp_path, market.sources(30))
     kind, message = refused(tmp_path, "--start", "2025-01-01", "--end", "2025-02-01")
     assert kind is DataError
@@ -289,7 +289,7 @@ def test_an_interval_with_a_day_without_questions_inside_is_answered(tmp_path: P
     figures = run(
         market.write(tmp_path, {**frames, "visits": hole}), "--start", str(days()[1]), "--end", str(days()[4])
     )
-    assert figures["rows_out"] == len(answers(tmp_path)) > 0
+    assert figures["rows_out"] == len(feature_rows(tmp_path)) > 0
 
 
 def test_zero_questions_are_refused(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_zero_questions_are_refused(tmp_path: Path) -> None:
 def test_zero_events_and_dimensions_answer_with_nothing(tmp_path: Path) -> None:
     frames = {name: frame if name == "visits" else frame.clear() for name, frame in market.sources(30).items()}
     assert run(market.write(tmp_path, frames))["rows_out"] == 30
-    assert answers(tmp_path)["sales_by_shop_count_2d"].sum() == 0
+    assert feature_rows(tmp_path)["sales_by_shop_count_2d"].sum() == 0
 
 
 def test_a_source_without_files_is_refused_by_its_folder(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_integer_time_statistics_of_other_writers_are_understood(tmp_path: Path)
         nanoseconds = frames[name].with_columns(pl.col(time).dt.cast_time_unit("ns")).to_arrow()
         pq.write_table(nanoseconds, folder / "part-0.parquet", version="2.6")
     run(tmp_path / "b")
-    same(answers(tmp_path / "b"), answers(tmp_path / "a"))
+    same(feature_rows(tmp_path / "b"), feature_rows(tmp_path / "a"))
 
 
 def during(change: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,7 +406,7 @@ def test_files_that_are_added_during_a_run_are_named_and_read_by_the_next(
     assert f"source sales: not read, since they were added after the run began: {new}" in capfd.readouterr().err
     run(tmp_path)
     run(market.write(tmp_path / "fresh", frames))
-    same(answers(tmp_path), answers(tmp_path / "fresh"))
+    same(feature_rows(tmp_path), feature_rows(tmp_path / "fresh"))
 
 
 MISTAKES = {
@@ -473,10 +473,10 @@ def test_mistakes_end_with_a_message_an_exit_code_and_no_traceback(tmp_path: Pat
         text=True,
         timeout=120,
     )
-    said = done.stderr.split("--\n")
+    printed = done.stderr.split("--\n")
     codes = [int(line.removeprefix("-- ")) for line in done.stdout.splitlines() if line.startswith("-- ")]
     assert len(codes) == len(cases), done.stderr
-    for (argv, words, code), stderr, found in zip(cases, said, codes, strict=False):
+    for (argv, words, code), stderr, found in zip(cases, printed, codes, strict=False):
         assert words in stderr, argv
         assert "Traceback" not in stderr, stderr
         assert 'File "' not in stderr, stderr

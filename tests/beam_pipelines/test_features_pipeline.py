@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support import market, oracles
-from tests.support.features_runs import answers, days, dead_letters, run, same, table_of
+from tests.support.features_runs import days, dead_letters, feature_rows, run, same, table_of
 from transforms.storage.delta_tables import newest_version
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def test_features_read_back_are_those_of_the_oracle(whole: tuple[Path, dict[str,
     store, _ = whole
     frames, view = market.sources(), market.load(store)
     tables = {name: frames[name] for name in view.sources}
-    got = answers(store)
+    got = feature_rows(store)
     names = [*view.context, *view.columns]
     expected = pl.DataFrame(
         oracles.features(view, frames["visits"], tables), schema=got.select(names).schema, orient="row"
@@ -42,14 +42,14 @@ def test_features_read_back_are_those_of_the_oracle(whole: tuple[Path, dict[str,
 def test_figures_of_a_run_balance_and_stand_in_run_json(whole: tuple[Path, dict[str, Any]]) -> None:
     store, figures = whole
     assert figures["pipeline"] == "features"
-    assert figures["rows_out"] == figures["table_rows"] == len(answers(store)) == 120
+    assert figures["rows_out"] == figures["table_rows"] == len(feature_rows(store)) == 120
     assert figures["set_aside"] == len(dead_letters(store)) == sum(market.SET_ASIDE.values())
     assert figures["commit_version"] == newest_version(table_of(store)) == 0
     assert figures["table"] == table_of(store)
     assert (figures["first"], figures["last"]) == (
         "2024-03-01",
         "2024-03-06",
-    )  # of the answers, whatever a bad clock said
+    )  # of the feature rows, whatever the time of a wrong clock
     assert figures["seconds"] > 0
     for name, rows in figures["sources"].items():
         assert rows["read"] == rows["used"] + rows["outside"] + rows["repeated"] + rows["dead"], name
@@ -105,32 +105,32 @@ def test_interval_by_interval_is_the_whole_to_the_last_bit(
         )
         for day in starts
     ]
-    same(answers(tmp_path), answers(whole[0]))
-    told, expected = (
+    same(feature_rows(tmp_path), feature_rows(whole[0]))
+    reported, expected = (
         dead_letters(store).filter(pl.col("source") != "shops").drop("file") for store in (tmp_path, whole[0])
     )
-    same(told.sort(told.columns), expected.sort(told.columns))
-    assert sum(each["rows_out"] for each in figures) == len(answers(tmp_path))
+    same(reported.sort(reported.columns), expected.sort(reported.columns))
+    assert sum(each["rows_out"] for each in figures) == len(feature_rows(tmp_path))
 
 
 def test_the_same_interval_again_replaces_itself(tmp_path: Path) -> None:
     market.write(tmp_path, market.sources(40))
     interval = ("--start", str(days()[1]), "--end", str(days()[3]))
     run(tmp_path, *interval)
-    before, told = answers(tmp_path), len(dead_letters(tmp_path))
+    before, reported = feature_rows(tmp_path), len(dead_letters(tmp_path))
     assert run(tmp_path, *interval)["commit_version"] == 1
-    same(answers(tmp_path), before)
-    assert len(dead_letters(tmp_path)) == told
+    same(feature_rows(tmp_path), before)
+    assert len(dead_letters(tmp_path)) == reported
 
 
 def test_the_same_run_again_commits_nothing_twice(tmp_path: Path) -> None:
     market.write(tmp_path, market.spoiled(market.sources(40)))
     interval = ("--start", str(days()[1]), "--end", str(days()[3]))
     run(tmp_path, *interval, run_id="nightly")
-    before = answers(tmp_path), dead_letters(tmp_path)
+    before = feature_rows(tmp_path), dead_letters(tmp_path)
     again = run(tmp_path, *interval, run_id="nightly")
     assert again["commit_version"] == newest_version(table_of(tmp_path)) == 0
-    for now, then in zip((answers(tmp_path), dead_letters(tmp_path)), before, strict=True):
+    for now, then in zip((feature_rows(tmp_path), dead_letters(tmp_path)), before, strict=True):
         same(now, then)
 
 
@@ -155,7 +155,7 @@ def test_late_rows_and_new_days_are_taken_up_as_if_everything_ran_again(tmp_path
     assert run(tmp_path / "a")["rows_out"] > 0
     market.write(tmp_path / "b", frames)
     run(tmp_path / "b")
-    same(answers(tmp_path / "a"), answers(tmp_path / "b"))
+    same(feature_rows(tmp_path / "a"), feature_rows(tmp_path / "b"))
 
 
 def test_days_whose_questions_were_withdrawn_are_emptied(tmp_path: Path) -> None:
@@ -164,10 +164,10 @@ def test_days_whose_questions_were_withdrawn_are_emptied(tmp_path: Path) -> None
     run(tmp_path)
     for plan, day in (("slices", days()[0]), ("shuffle", days()[1])):
         gone = pl.col("asked").dt.date() == day
-        assert not answers(tmp_path).filter(gone).is_empty()
+        assert not feature_rows(tmp_path).filter(gone).is_empty()
         market.write(tmp_path, {**frames, "visits": frames["visits"].filter(~gone)})
         run(tmp_path, "--plan", plan)
-        assert answers(tmp_path).filter(gone).is_empty()
+        assert feature_rows(tmp_path).filter(gone).is_empty()
 
 
 def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
@@ -188,5 +188,5 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     assert "rows out" in done.stdout
     assert "visits" in done.stdout
     assert "Traceback" not in done.stderr
-    assert answers(tmp_path).schema["asked"] == pl.Datetime("us", "UTC")
+    assert feature_rows(tmp_path).schema["asked"] == pl.Datetime("us", "UTC")
     assert pa.schema(pq.read_schema(next(Path(table_of(tmp_path)).rglob("*.parquet")))).names[0] == "asked"

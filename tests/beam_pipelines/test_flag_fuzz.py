@@ -1,4 +1,4 @@
-"""A fuzzer over flags: whatever a command is given, it does its work or says in one message what is wrong.
+"""A fuzzer over flags: whatever a command is given, it does its work or reports in one message what is wrong.
 
 The plain suite tries some dozen in this process and a few in processes of their own; `-m slow` tries hundreds.
 """
@@ -91,10 +91,10 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_the_fuzzer_has_found(base: Path, tmp_path: Path, argv: list[str], code: int, words: str) -> None:
     flags = [] if "--store" in argv else ["--definition", "{definition}", "--store", "{store}"]
     known = places(tmp_path / "places", copied(base, tmp_path / "store"))
-    said = run(*(word.format(**known) for word in (*argv, *flags)))
-    one_message(said)
-    assert said.code == code, said.text
-    assert words in said.err
+    printed = run(*(word.format(**known) for word in (*argv, *flags)))
+    one_message(printed)
+    assert printed.code == code, printed.text
+    assert words in printed.err
 
 
 def test_flags_of_any_value(base: Path, tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ def test_the_champion_scores_every_row_once(house: House, capsys: pytest.Capture
     assert found.equals(pl.from_arrow(expected).sort("id").select(found.columns))
     assert found["prediction_id"].n_unique() == len(found) == 400 * DAYS
     account = house.account("one")
-    said = ("rows_in", "rows_out", "set_aside", "model", "model_version", "dates", "commit_version")
-    assert [account[name] for name in said] == [2400, 2400, 0, "orders", "1", DAYS, 0]
+    printed = ("rows_in", "rows_out", "set_aside", "model", "model_version", "dates", "commit_version")
+    assert [account[name] for name in printed] == [2400, 2400, 0, "orders", "1", DAYS, 0]
     assert "rows out" in capsys.readouterr().out
 
 

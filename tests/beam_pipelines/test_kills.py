@@ -153,7 +153,7 @@ def test_killed_vacuums_leave_what_is_needed_and_the_next_one_finishes(second_lo
 
 
 def test_vacuum_beside_a_run_removes_none_of_its_files(second_load: Case) -> None:
-    """The run is held at steps over its whole length while vacuum, told that no run takes any time, goes over the
+    """The run is held at steps over its whole length while vacuum, for which no run takes any time, goes over the
     store."""
     case, count = second_load, len(second_load.undisturbed.steps)
     new = content(case.after, case.table)

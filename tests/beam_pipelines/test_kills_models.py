@@ -80,7 +80,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
 
 
 def account(store: Path, run_id: str) -> dict[str, Any]:
-    """What a run says of its model, without what differs between stores and runs."""
+    """What a run reports of its model, without what differs between stores and runs."""
     content = json.loads((store / "runs" / run_id / "training.json").read_text())
     for trial in content["trials"]:
         del trial["seconds"]
@@ -96,10 +96,10 @@ def registered(store: Path) -> dict[str, str]:
         return {}
     versions = registry.versions("buying")
     for each in versions:
-        _, folder = registry.resolve("buying", each["version"])
-        assert load_bundle(folder).manifest["run_id"] == each["run"]
-    assert registry.champion("buying") in {None, *(each["version"] for each in versions)}
-    runs = {each["run"]: each["version"] for each in versions}
+        _, folder = registry.resolve("buying", each.version)
+        assert load_bundle(folder).manifest["run_id"] == each.run
+    assert registry.champion("buying") in {None, *(each.version for each in versions)}
+    runs = {each.run: each.version for each in versions}
     assert len(runs) == len(versions), "a run has one version"
     return runs
 
@@ -135,11 +135,11 @@ def trained_again(case: Case, name: str, number: int, **when: object) -> str:
     assert (figures["model_version"], figures["champion"]) == (expected[run_id], expected[run_id]), (name, when)
     assert Registry(registry_uri(str(store))).champion("buying") == expected[run_id]
     assert [each["version"] for each in Registry(registry_uri(str(store))).history("buying")][-1] == expected[run_id]
-    told, reference = account(store, run_id), account(case.trained, "undisturbed")
+    reported, reference = account(store, run_id), account(case.trained, "undisturbed")
     if champion and run_id == "another":  # it had a champion to compare with
-        for each in (told, reference):
+        for each in (reported, reference):
             del each["rival"], each["gates"], each["data"]
-    assert told == reference, (name, when)
+    assert reported == reference, (name, when)
     booster = "model/booster.ubj"
     assert (store / "runs" / run_id / booster).read_bytes() == (
         case.trained / "runs/undisturbed" / booster
@@ -207,8 +207,8 @@ def scored_again(case: Case, name: str, number: int, **when: object) -> str:
     assert again.code == 0, (name, when, again.err)
     assert same(predicted(store), expected), (name, when)
     uri = predictions_uri(str(store), "buying")
-    told = [entry["run_id"] for entry in commits(uri) if entry.get("pipeline") == "inference"]
-    assert sorted(told) == sorted({*(["victim"] if found is not None else []), run_id}), "one commit a run"
+    reported = [entry["run_id"] for entry in commits(uri) if entry.get("pipeline") == "inference"]
+    assert sorted(reported) == sorted({*(["victim"] if found is not None else []), run_id}), "one commit a run"
     registry = registry_uri(str(case.trained))
     swept = case.zygote.run(
         "vacuum", "--store", str(store), "--older_than", "0s", "--force", "--registry", registry, watch=store

@@ -1,4 +1,5 @@
-"""One program, any runner: the options choose it, the answers stay.  docs/runners.md says the same to people."""
+"""One program, any runner: the options choose it, and the feature rows stay the same.  docs/runners.md describes
+this."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def test_dataflow_takes_the_batch_graph_without_credentials(store: Path) -> None
     assert "beam_python3.11_sdk:2.72.0" in images[0]
 
 
-def test_a_dry_run_says_so_and_leaves_nothing(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_reports_it_and_leaves_nothing(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert guard(features.main)(flags(store, "dry", *DATAFLOW, "--dry_run=True")) == 0
     assert re.search(r"translated \d+ steps; a dry run submits nothing", capsys.readouterr().out)
     assert (
@@ -85,7 +86,7 @@ def test_no_pipeline_has_code_for_one_runner() -> None:
                 isinstance(node, ast.If | ast.IfExp | ast.Match)
                 and named.search(ast.unparse(getattr(node, "test", node)))
                 and path.name != "local_runner.py"
-            ):  # which only settles what the default means
+            ):  # which only makes the default explicit
                 found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node).splitlines()[0]}")
     assert not found, "\n".join(found)
 

@@ -1,4 +1,4 @@
-"""What a run says of itself: whose its id is, what it cannot account for, and which dates it answered for."""
+"""What a run reports of itself: its id, rows that it cannot account for, and its dates."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def test_a_run_id_that_another_pipeline_has_used_is_refused(tmp_path: Path, caps
     capsys.readouterr()
     for pipeline in ("training", "inference"):
         assert run(tmp_path, pipeline, "monday") == DefinitionError.exit_code
-        said = capsys.readouterr().err
-        assert "A --run_id names one run of one pipeline. Got 'monday', which is a run of features in" in said
-        assert "Choose another" in said
-        assert "Traceback" not in said
+        printed = capsys.readouterr().err
+        assert "A --run_id names one run of one pipeline. Got 'monday', which is a run of features in" in printed
+        assert "Choose another" in printed
+        assert "Traceback" not in printed
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert run(tmp_path, "features", "monday", "--no-statistics") == 0, "its own pipeline may repeat it"
 
@@ -49,7 +49,7 @@ def test_a_run_id_of_another_pipeline_that_is_at_work_or_was_killed_is_refused(t
         assert (tmp_path / "runs" / "a" / "started.json").exists(), "the mark of the run at work stays"
 
 
-def test_rows_of_no_date_are_told_by_runs_of_some_dates_and_set_aside_by_a_full_one(
+def test_rows_of_no_date_are_reported_by_runs_of_some_dates_and_rejected_by_a_full_one(
     tmp_path: Path, capsys: Out
 ) -> None:
     """Row groups with no plausible time: of a clock that stood at 1970, or of a writer that left them out."""
@@ -61,11 +61,12 @@ def test_rows_of_no_date_are_told_by_runs_of_some_dates_and_set_aside_by_a_full_
     )
     ancient.write_parquet(folder / "ancient.parquet")
     assert run(tmp_path, "features", "some", "--start", "2024-01-05", "--end", "2024-01-20") == 0
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        f"sales: 7 rows lie in row groups without any plausible time, so in no date ({folder}/ancient.parquet)" in said
+        f"sales: 7 rows lie in row groups without any plausible time, so in no date ({folder}/ancient.parquet)"
+        in printed
     )
-    assert "--full sets them aside" in said
+    assert "--full sets them aside" in printed
     assert figures_of(tmp_path, "some")["set_aside"] == 0
     assert run(tmp_path, "features", "whole", "--full") == 0
     assert "without any plausible time" not in capsys.readouterr().err
@@ -74,7 +75,7 @@ def test_rows_of_no_date_are_told_by_runs_of_some_dates_and_set_aside_by_a_full_
     assert (dead_letters["file"] == str(folder / "ancient.parquet")).sum() == 7
 
 
-def test_a_run_of_two_intervals_answers_for_both_and_not_for_what_lies_between(tmp_path: Path, capsys: Out) -> None:
+def test_a_run_of_two_intervals_accounts_for_both_and_not_for_what_lies_between(tmp_path: Path, capsys: Out) -> None:
     shop.write(tmp_path, rows=600)
     assert run(tmp_path, "features", "first") == 0
     definition = str(tmp_path / "definition.py")
@@ -87,8 +88,8 @@ def test_a_run_of_two_intervals_answers_for_both_and_not_for_what_lies_between(t
     before = pl.read_delta(uri).sort("visit")
     capsys.readouterr()
     assert run(tmp_path, "features", "second") == 7
-    said = capsys.readouterr().err
-    assert "[2024-01-10, 2024-01-11), [2024-02-20, 2024-02-21)" in said, "an anomaly names the dates it was found in"
+    printed = capsys.readouterr().err
+    assert "[2024-01-10, 2024-01-11), [2024-02-20, 2024-02-21)" in printed, "an anomaly names the dates it was found in"
     assert pl.read_delta(uri).sort("visit").equals(before)
     assert run(tmp_path, "features", "second", "--allow_anomalies") == 0
     capsys.readouterr()

@@ -77,11 +77,11 @@ def test_every_command_works_where_a_store_has_been_moved(
     for command in commands:
         capsys.readouterr()
         assert main(command) == 0, command
-        said = capsys.readouterr()
-        if "--registry" not in command:  # a live store cannot know where another store is now, and tells where it was
-            assert f"{tmp_path}/old" not in said.out + said.err, command
+        printed = capsys.readouterr()
+        if "--registry" not in command:  # a live store cannot know where another store is now, and reports where it was
+            assert f"{tmp_path}/old" not in printed.out + printed.err, command
         if command[0] == "trace" and "--registry" not in command:
-            assert "orders/a.parquet  unchanged" in said.out
+            assert "orders/a.parquet  unchanged" in printed.out
     assert figures_of(moved.batch.store, "again")["rows_out"] == 0, "the files are the same, so no date is stale"
     assert figures_of(moved.store, "restarted")["counts"]["orders"]["rows"] > 0
 

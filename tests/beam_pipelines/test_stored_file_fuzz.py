@@ -60,9 +60,9 @@ def try_one(base: Path, folder: Path, name: str, file: str, change: Change) -> N
     store = copied(base, folder / f"store-{next(_numbers)}")
     try:
         change.apply(store / file)
-        said = run(*commands(store)[name])
-        one_message(said)
-        if said.code == 0 and name.split()[0] in ("features", "inference") and CHECKED.search(file):
+        printed = run(*commands(store)[name])
+        one_message(printed)
+        if printed.code == 0 and name.split()[0] in ("features", "inference") and CHECKED.search(file):
             for found, expected in zip(published(store), published(base), strict=True):
                 assert_frame_equal(found, expected, check_exact=True)
     finally:
@@ -104,10 +104,10 @@ def test_what_the_fuzzer_has_found(base: Path, tmp_path: Path, file: str, kind: 
     store = copied(base, tmp_path / "store")
     (path,) = store.glob(file)
     Change(kind, 0.5, "").apply(path)
-    said = run(*commands(store)[name])
-    one_message(said)
-    assert (said.code in (2, 4)) == bool(words), said.text
-    assert words in said.err, said.text
+    printed = run(*commands(store)[name])
+    one_message(printed)
+    assert (printed.code in (2, 4)) == bool(words), printed.text
+    assert words in printed.err, printed.text
 
 
 def test_stored_files_of_any_content(base: Path, tmp_path: Path) -> None:

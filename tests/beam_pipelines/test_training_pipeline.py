@@ -58,7 +58,7 @@ def test_a_model_is_trained_judged_registered_and_promoted(store: Path) -> None:
 
 
 def test_a_run_repeated_after_its_promotion_is_judged_as_before_it(store: Path) -> None:
-    """As after a kill between the promotion and the run's end: it is no challenger of its own model."""
+    """As after a kill between the promotion and the run's end: the run does not compare the model with itself."""
     path = store / "definition.py"
     path.write_text(shop.DEFINITION.replace("min_slice_rows=20", "min_slice_rows=20, margin=0.01"))
     assert training.main(flags(store, "one")) == 0

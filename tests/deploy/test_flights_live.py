@@ -42,7 +42,7 @@ def test_the_live_table_fits_its_terminal_and_its_figures_stand_below_their_name
     assert ("125.9" in amid and "1,231,250" in amid) == (width == 120)
 
 
-def test_a_month_in_one_process_is_answered_and_is_what_batch_says(
+def test_a_month_in_one_process_is_computed_and_equals_batch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert live.main(["--embedded", "--features_only", "--month", "2013-02", "--out", str(tmp_path)]) == 0
@@ -55,7 +55,7 @@ def test_a_month_in_one_process_is_answered_and_is_what_batch_says(
 
 
 @pytest.mark.live
-def test_a_month_through_kafka_is_what_batch_says(tmp_path: Path) -> None:
+def test_a_month_through_kafka_equals_batch(tmp_path: Path) -> None:
     flags = ["--features_only", "--month", "2013-02", "--seconds", "20", "--out", str(tmp_path)]
     assert live.main(flags) == 0  # it compares every row with batch, and fails if one is missing or differs
     (found,) = (tmp_path / "stream").glob("*/run.json")

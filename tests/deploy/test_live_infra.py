@@ -113,7 +113,7 @@ def test_records_older_than_the_retention_stay(broker: Broker, topic: Callable[.
         assert [value for _, _, value in consume(reader, 3)] == [b"2009", b"2013", b"2026"]
 
 
-def test_the_producer_tells_every_row_once_in_order_and_how_far_it_is(broker: Broker, tmp_path: Path) -> None:
+def test_the_producer_sends_every_row_once_in_order_and_reports_its_progress(broker: Broker, tmp_path: Path) -> None:
     shop.write(tmp_path, rows=3000)
     prefix, status = f"shop-{os.getpid()}-", tmp_path / "status.json"
     flags = [
@@ -142,8 +142,8 @@ def test_the_producer_tells_every_row_once_in_order_and_how_far_it_is(broker: Br
     ) as child:
         assert child.wait(timeout=60) == 0, child.output()
     assert time.monotonic() - began > 4
-    told = json.loads(status.read_text())
-    assert told["done"]
+    reported = json.loads(status.read_text())
+    assert reported["done"]
     start, end = datetime(2024, 1, 11, tzinfo=UTC), datetime(2024, 1, 21, tzinfo=UTC)
     for source, time_column in (("visits", "asked"), ("sales", "sold")):
         moment = pl.col(time_column)
@@ -168,10 +168,14 @@ def test_the_producer_tells_every_row_once_in_order_and_how_far_it_is(broker: Br
                 assert abs(message.timestamp()[1] - until.timestamp() * 1000) < 1
                 found.append(rows)
             assert told_until == 2**62
-        assert len(wanted) == sum(told["sent"][source])
+        assert len(wanted) == sum(reported["sent"][source])
         assert pl.concat(found).sort("visit").select(wanted.columns).equals(wanted.sort("visit"))
         assert (
-            told["sent"][source][0] > told["sent"][source][1] > told["sent"][source][2] > told["sent"][source][3] == 0
+            reported["sent"][source][0]
+            > reported["sent"][source][1]
+            > reported["sent"][source][2]
+            > reported["sent"][source][3]
+            == 0
         )
 
 
@@ -238,7 +242,7 @@ def test_nothing_of_the_demo_listens_beyond_loopback(
         result.cancel()
 
 
-def test_without_a_compiler_the_expansion_service_runs_and_says_where_it_listens(
+def test_without_a_compiler_the_expansion_service_runs_and_reports_where_it_listens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("deploy.streaming.expansion.loopback_expansion", lambda: None)
@@ -298,7 +302,7 @@ def test_a_taken_port_costs_a_second_try(tmp_path: Path) -> None:
     assert not listening(second.port)
 
 
-def test_a_service_that_ends_says_what_it_said(tmp_path: Path) -> None:
+def test_a_service_that_ends_reports_its_output(tmp_path: Path) -> None:
     mute = "print('no room'); raise SystemExit(3)"
     with (
         Child([sys.executable, "-c", mute], tmp_path / "log") as child,
@@ -327,10 +331,10 @@ def test_two_processes_get_the_class_paths_once(tmp_path: Path) -> None:
         )
         for _ in range(2)
     ]
-    (first, said), (second, also_said) = [process.communicate(timeout=200) for process in both]
+    (first, printed), (second, also_said) = [process.communicate(timeout=200) for process in both]
     assert first == second
     assert all(Path(jar).is_file() for jar in first.strip().split(":"))
-    assert (said + also_said).count("getting the broker's class path") == 1
+    assert (printed + also_said).count("getting the broker's class path") == 1
 
 
 def test_what_is_missing_is_named_with_the_way_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,7 +421,7 @@ def test_a_command_hears_ctrl_c_and_its_keeper_outlives_it(tmp_path: Path) -> No
     assert "heard" in child.output()
 
 
-def test_children_of_a_thread_outlive_it_and_stop_when_told(tmp_path: Path) -> None:
+def test_children_of_a_thread_outlive_it_and_stop_on_request(tmp_path: Path) -> None:
     started: list[Child] = []
     thread = threading.Thread(target=lambda: started.append(Child(["sleep", "600"], tmp_path / "log")))
     thread.start()

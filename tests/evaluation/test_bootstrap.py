@@ -1,4 +1,4 @@
-"""Intervals that do not depend on how data is cut, and agree with theory; gates that judge by them."""
+"""Intervals that do not depend on how data is cut, and agree with theory; gates that use them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_weights_are_poisson_of_mean_one_and_independent() -> None:
     assert (drawn[:100] == weights(np.arange(100), 200)).all()
 
 
-def test_intervals_are_as_wide_as_theory_says() -> None:
+def test_intervals_are_as_wide_as_in_theory() -> None:
     whole = scored(8000)
     found = report("binary:logistic", tally(whole, "binary:logistic"))
     error = (whole["score"].to_numpy().astype(float) - whole["__label"].to_numpy()) ** 2
@@ -114,7 +114,7 @@ def test_a_challenger_is_compared_on_the_same_rows() -> None:
         (TimeSplit("9d", "9d"), GroupSplit("k"), "divide rows in different ways"),
     ],
 )
-def test_a_champion_that_may_know_the_test_rows_is_told(before: Any, now: Any, words: str) -> None:
+def test_a_champion_that_may_know_the_test_rows_is_reported(before: Any, now: Any, words: str) -> None:
     cutoff = datetime(2024, 1, 31, tzinfo=UTC)
     found = may_know({"split": json.loads(json.dumps(before.resolve(cutoff).as_json()))}, now.resolve(cutoff))
     assert words in found

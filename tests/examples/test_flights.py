@@ -119,7 +119,7 @@ def test_due_at_is_the_files_own_utc_hour_and_minute(flights):
     assert flights.select((pl.col("due_at") == hour + pl.duration(minutes="minute")).all()).item()
 
 
-def test_the_question_is_asked_two_hours_before(read):
+def test_the_spine_row_is_two_hours_before(read):
     assert read("schedule").select((pl.col("due_at") - pl.col("asked_at") == dt.timedelta(hours=2)).all()).item()
 
 
@@ -146,7 +146,7 @@ def test_departures_after_midnight_and_a_day_late(read):
     )
 
 
-def test_no_departure_is_known_before_the_question_or_after_the_labels_horizon(read):
+def test_no_departure_is_known_before_the_spine_row_or_after_the_labels_horizon(read):
     gap = (
         read("departures").join(read("schedule"), on="flight_id").select(gap=pl.col("departed_at") - pl.col("asked_at"))
     )
@@ -218,7 +218,7 @@ def test_weather_is_known_when_its_hour_ends_and_no_hour_is_lost_to_the_clocks(r
     assert [round(temp, 2) for temp in twice["temp"]] == [51.98, 50.0]  # 1:00 in summer time, then 1:00 again
 
 
-def test_the_schedule_knows_nothing_of_the_outcome(raw, tmp_path):
+def test_the_schedule_depends_on_no_outcome(raw, tmp_path):
     """Other outcomes and another order of rows give the same schedule, ids included."""
     part = raw.filter(pl.col("month").is_in([3]))
     other = part.with_columns(pl.col(OUTCOMES).shuffle(seed=1)).sample(fraction=1.0, shuffle=True, seed=2)

@@ -440,7 +440,7 @@ def test_the_rest_of_features_has_exactly_the_other_columns() -> None:
         assert sorted(left) == sorted(set(every) - set(gone))
 
 
-def test_a_pipeline_backfills_a_changed_view_and_the_plan_says_how(
+def test_a_pipeline_backfills_a_changed_view_and_the_plan_shows_how(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")

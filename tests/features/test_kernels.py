@@ -20,14 +20,14 @@ from transforms.features.kernel import KernelTables, compute
 from transforms.features.window_bounds import EventOrder, codes
 
 
-def ask(*moments: datetime, **columns: Any) -> pl.DataFrame:
-    """Questions of key "a" at these moments."""
+def spine_at(*moments: datetime, **columns: Any) -> pl.DataFrame:
+    """Spine rows of key "a" at these times."""
     row = {"k": "a", "g": 1, "x": 1.0, "on": date(2020, 1, 1), "b": True, **columns}
     rows = [{"t": moment, "id": i, **row} for i, moment in enumerate(moments)]
     return pl.DataFrame(rows, schema=spine_rows.schema, orient="row")
 
 
-def happenings(*rows: tuple[datetime, float | None], **columns: Any) -> pl.DataFrame:
+def event_rows(*rows: tuple[datetime, float | None], **columns: Any) -> pl.DataFrame:
     """Events of key "a": (time, v)."""
     row = {"k": "a", "g": 1, "n": 0, "s": "x", "b": True, **columns}
     return pl.DataFrame([{"at": moment, "v": v, **row} for moment, v in rows], schema=events.schema, orient="row")
@@ -37,7 +37,7 @@ def one(*features: Any, spine: Source = spine_rows, key: str = "id") -> FeatureV
     return FeatureView("one", spine=spine, key=key, features=features)
 
 
-def answers(feature: Any, spine: pl.DataFrame, **tables: pl.DataFrame) -> list[Any]:
+def feature_rows(feature: Any, spine: pl.DataFrame, **tables: pl.DataFrame) -> list[Any]:
     """The only column of a feature."""
     made = one(feature)
     return compute(made, spine, KernelTables(tables))[made.feature_names[0]].to_list()
@@ -64,7 +64,7 @@ def test_the_order_of_arrival_changes_no_bit(
 
 
 @given(spine=many_spine_rows, tables=histories)
-def test_a_question_asked_alone_gets_the_same_answer(spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]) -> None:
+def test_a_spine_row_alone_gets_the_same_features(spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame]) -> None:
     whole = compute(view, spine, KernelTables(tables))
     for i in range(min(len(spine), 3)):
         same(compute(view, spine[i : i + 1], KernelTables(tables)), whole[i : i + 1])
@@ -93,24 +93,24 @@ def test_few_rows_at_once_on_the_way_of_event_time_change_no_bit(
         same(compute(view, spine, KernelTables(tables)), whole)
 
 
-def test_fact_at_the_question_moment_is_not_seen() -> None:
-    assert answers(counted, ask(at(5)), events=happenings((at(5), 1.0))) == [0]
-    assert answers(latest, ask(at(5)), events=happenings((at(5), 1.0))) == [None]
+def test_event_at_the_time_of_the_spine_row_is_not_seen() -> None:
+    assert feature_rows(counted, spine_at(at(5)), events=event_rows((at(5), 1.0))) == [0]
+    assert feature_rows(latest, spine_at(at(5)), events=event_rows((at(5), 1.0))) == [None]
 
 
-def test_fact_a_microsecond_before_the_question_is_seen() -> None:
-    assert answers(counted, ask(at(5)), events=happenings((at(5, -1), 1.0))) == [1]
-    assert answers(latest, ask(at(5)), events=happenings((at(5, -1), 1.0))) == [1.0]
+def test_event_a_microsecond_before_the_spine_row_is_seen() -> None:
+    assert feature_rows(counted, spine_at(at(5)), events=event_rows((at(5, -1), 1.0))) == [1]
+    assert feature_rows(latest, spine_at(at(5)), events=event_rows((at(5, -1), 1.0))) == [1.0]
 
 
-def test_fact_exactly_one_window_old_is_seen_and_a_microsecond_older_is_not() -> None:
-    assert answers(counted, ask(at(15)), events=happenings((at(5), 1.0))) == [1]
-    assert answers(counted, ask(at(15)), events=happenings((at(5, -1), 1.0))) == [0]
-    assert answers(latest, ask(at(15)), events=happenings((at(5), 1.0))) == [1.0]
-    assert answers(latest, ask(at(15)), events=happenings((at(5, -1), 1.0))) == [None]
+def test_event_exactly_one_window_old_is_seen_and_a_microsecond_older_is_not() -> None:
+    assert feature_rows(counted, spine_at(at(15)), events=event_rows((at(5), 1.0))) == [1]
+    assert feature_rows(counted, spine_at(at(15)), events=event_rows((at(5, -1), 1.0))) == [0]
+    assert feature_rows(latest, spine_at(at(15)), events=event_rows((at(5), 1.0))) == [1.0]
+    assert feature_rows(latest, spine_at(at(15)), events=event_rows((at(5, -1), 1.0))) == [None]
 
 
-def test_fact_placed_in_the_window_but_known_later_is_not_seen() -> None:
+def test_event_placed_in_the_window_but_known_later_is_not_seen() -> None:
     feature = Trailing(placed, by="k", over="10s", stats={"*": "count"})
     rows = [
         {"happened": at(1), "at": at(5, -1), "k": "a", "v": 1.0, "s": None},
@@ -118,14 +118,14 @@ def test_fact_placed_in_the_window_but_known_later_is_not_seen() -> None:
         {"happened": at(3), "at": at(9), "k": "a", "v": 1.0, "s": None},
     ]
     table = pl.DataFrame(rows, schema=placed.schema, orient="row")
-    assert answers(feature, ask(at(5), at(5, 1), at(9, 1)), placed=table) == [1, 2, 3]
+    assert feature_rows(feature, spine_at(at(5), at(5, 1), at(9, 1)), placed=table) == [1, 2, 3]
 
 
-def test_fact_known_in_the_window_but_placed_before_it_is_outside() -> None:
+def test_event_known_in_the_window_but_placed_before_it_is_outside() -> None:
     feature = Trailing(placed, by="k", over="10s", stats={"*": "count"})
     row = {"happened": at(0), "at": at(9), "k": "a", "v": 1.0, "s": None}
     table = pl.DataFrame([row], schema=placed.schema, orient="row")
-    assert answers(feature, ask(at(10), at(10, 1)), placed=table) == [1, 0]
+    assert feature_rows(feature, spine_at(at(10), at(10, 1)), placed=table) == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -133,12 +133,12 @@ def test_fact_known_in_the_window_but_placed_before_it_is_outside() -> None:
     [("a", "b"), ("a", None), (None, "a"), (None, None), ("", None), ("", "a"), ("a", "A"), ("é", "e\u0301")],
 )
 def test_keys_that_differ_or_are_null_match_nothing(spine_row: str | None, event: str | None) -> None:
-    table = happenings((at(1), 1.0), k=event)
-    assert answers(counted, ask(at(2), k=spine_row), events=table) == [0]
-    assert answers(latest, ask(at(2), k=spine_row), events=table) == [None]
+    table = event_rows((at(1), 1.0), k=event)
+    assert feature_rows(counted, spine_at(at(2), k=spine_row), events=table) == [0]
+    assert feature_rows(latest, spine_at(at(2), k=spine_row), events=table) == [None]
     dimension = Source("d", columns={"k": pl.String, "w": pl.Int32})
     rows = pl.DataFrame([{"k": event, "w": 1}], schema=dimension.schema, orient="row")
-    assert answers(Lookup(dimension, by="k", columns="w"), ask(at(2), k=spine_row), d=rows) == [None]
+    assert feature_rows(Lookup(dimension, by="k", columns="w"), spine_at(at(2), k=spine_row), d=rows) == [None]
 
 
 def test_parts_of_a_key_do_not_run_together() -> None:
@@ -147,28 +147,28 @@ def test_parts_of_a_key_do_not_run_together() -> None:
     made = one(Trailing(source, by=("k", "b2"), over="10s", stats={"*": "count"}), spine=spine)
     pairs = [("a", "bc"), ("ab", "c"), ("", "abc"), ("a/b", "c"), ("a", "b/c")]
     table = pl.DataFrame([{"at": at(1), "k": k, "b2": b} for k, b in pairs], schema=source.schema, orient="row")
-    asked = pl.DataFrame(
+    rows = pl.DataFrame(
         [{"t": at(2), "id": i, "k": k, "b2": b} for i, (k, b) in enumerate(pairs)], schema=spine.schema, orient="row"
     )
-    assert compute(made, asked, KernelTables({"pairs": table}))[made.feature_names[0]].to_list() == [1] * len(pairs)
+    assert compute(made, rows, KernelTables({"pairs": table}))[made.feature_names[0]].to_list() == [1] * len(pairs)
 
 
 def test_a_tie_picks_one_whole_row_and_never_a_mixture() -> None:
-    table = pl.concat([happenings((at(1), 1.0), n=9), happenings((at(1), 2.0), n=None), happenings((at(1), None), n=5)])
+    table = pl.concat([event_rows((at(1), 1.0), n=9), event_rows((at(1), 2.0), n=None), event_rows((at(1), None), n=5)])
     made = one(latest)
     for seed in range(6):
-        row = compute(made, ask(at(2)), KernelTables({"events": shuffled(table, seed)})).row(0, named=True)
+        row = compute(made, spine_at(at(2)), KernelTables({"events": shuffled(table, seed)})).row(0, named=True)
         assert (row["events_v"], row["events_n"]) == (2.0, None)  # the last by all columns; its null stays null
 
 
 def test_order_decides_ties_before_the_other_columns() -> None:
     source = Source("o", time="at", order="n", columns={"a": pl.Int64, "k": pl.String, "n": pl.Int64})
     table = pl.DataFrame({"at": [at(1)] * 3, "a": [9, 1, 5], "k": ["a"] * 3, "n": [1, 2, 2]}, schema=source.schema)
-    assert answers(Latest(source, by="k", columns="a", max_age="10s"), ask(at(2)), o=table) == [5]
+    assert feature_rows(Latest(source, by="k", columns="a", max_age="10s"), spine_at(at(2)), o=table) == [5]
 
 
 def test_no_events_at_all_count_zero_and_say_nothing_else() -> None:
-    spine = ask(at(1), at(2))
+    spine = spine_at(at(1), at(2))
     tables = {name: pl.DataFrame(schema=source.schema) for name, source in view.sources.items()}
     got = compute(view, spine, KernelTables(tables)).row(1, named=True)
     for name, value in got.items():
@@ -176,25 +176,29 @@ def test_no_events_at_all_count_zero_and_say_nothing_else() -> None:
             assert value == (0 if "_count_" in name or "_n_unique_" in name else None), name
 
 
-def test_no_questions_give_an_empty_frame_of_the_same_columns() -> None:
+def test_no_spine_rows_give_an_empty_frame_of_the_same_columns() -> None:
     tables = {name: pl.DataFrame(schema=source.schema) for name, source in view.sources.items()}
     got = compute(view, pl.DataFrame(schema=spine_rows.schema), KernelTables(tables))
-    assert got.schema == compute(view, ask(at(1)), KernelTables(tables)).schema
+    assert got.schema == compute(view, spine_at(at(1)), KernelTables(tables)).schema
     assert len(got) == 0
 
 
 def test_columns_come_in_the_types_that_the_view_declares() -> None:
     tables = {name: pl.DataFrame(schema=source.schema) for name, source in view.sources.items()}
-    got = compute(view, ask(at(1)), KernelTables(tables))
+    got = compute(view, spine_at(at(1)), KernelTables(tables))
     assert dict(got.schema) == {**{name: spine_rows.schema[name] for name in view.context}, **view.columns}
 
 
 def test_what_float32_cannot_hold_is_null() -> None:
-    table = happenings((at(1), 3e38), (at(2), 3e38))
-    assert answers(Trailing(events, by="k", over="10s", stats={"v": "sum"}), ask(at(3)), events=table) == [None]
-    assert answers(Trailing(events, by="k", over="10s", stats={"v": "var"}), ask(at(3)), events=table) == [0.0]
-    assert answers(Derived(y=pl.col("x") / 0), ask(at(3))) == [None]
-    assert answers(Derived(y=(pl.col("x") - 2).log()), ask(at(3))) == [None]
+    table = event_rows((at(1), 3e38), (at(2), 3e38))
+    assert feature_rows(Trailing(events, by="k", over="10s", stats={"v": "sum"}), spine_at(at(3)), events=table) == [
+        None
+    ]
+    assert feature_rows(Trailing(events, by="k", over="10s", stats={"v": "var"}), spine_at(at(3)), events=table) == [
+        0.0
+    ]
+    assert feature_rows(Derived(y=pl.col("x") / 0), spine_at(at(3))) == [None]
+    assert feature_rows(Derived(y=(pl.col("x") - 2).log()), spine_at(at(3))) == [None]
 
 
 def test_a_feature_may_be_the_key_of_one_below_it() -> None:
@@ -206,8 +210,8 @@ def test_a_feature_may_be_the_key_of_one_below_it() -> None:
         Trailing(events, by={"events_n": "n"}, over="10s", stats={"v": "sum"}, name="alike"),
     )
     rows = pl.DataFrame([{"k": "a", "owner": "x"}], schema=dimension.schema, orient="row")
-    tables = {"d": rows, "events": happenings((at(1), 1.5), (at(2), 2.5), n=7)}
-    assert compute(made, ask(at(3)), KernelTables(tables)).select(made.feature_names).row(0) == ("x", 2, 7, 4.0)
+    tables = {"d": rows, "events": event_rows((at(1), 1.5), (at(2), 2.5), n=7)}
+    assert compute(made, spine_at(at(3)), KernelTables(tables)).select(made.feature_names).row(0) == ("x", 2, 7, 4.0)
 
 
 @pytest.mark.parametrize("spread", [1, 10**6, 2**39, 2**45, 2**62])
@@ -215,10 +219,10 @@ def test_integer_keys_of_any_spread(spread: int) -> None:
     source = Source("e", time="at", columns={"g": pl.Int64})
     keys = [0, spread, -spread, spread - 1, None]
     table = pl.DataFrame({"at": [at(1)] * 5, "g": keys}, schema=source.schema)
-    asked = ask(*[at(2)] * 7).with_columns(g=pl.Series([*keys, spread + 1, 12345], dtype=pl.Int64))
+    rows = spine_at(*[at(2)] * 7).with_columns(g=pl.Series([*keys, spread + 1, 12345], dtype=pl.Int64))
     feature = Trailing(source, by="g", over="10s", stats={"*": "count"})
-    expected = [sum(key is not None and key == other for other in keys) for key in asked["g"]]
-    assert answers(feature, asked, e=table) == expected
+    expected = [sum(key is not None and key == other for other in keys) for key in rows["g"]]
+    assert feature_rows(feature, rows, e=table) == expected
 
 
 def test_dates_and_booleans_are_keys() -> None:
@@ -227,19 +231,19 @@ def test_dates_and_booleans_are_keys() -> None:
         {"at": [at(1)] * 3, "on": [date(2020, 1, 1), date(1969, 12, 31), None], "b": [True] * 3}, schema=source.schema
     )
     feature = Trailing(source, by=("on", "b"), over="10s", stats={"*": "count"})
-    asked = ask(at(2), at(2), at(2)).with_columns(
+    rows = spine_at(at(2), at(2), at(2)).with_columns(
         on=pl.Series([date(2020, 1, 1), date(1969, 12, 31), date(2021, 1, 1)]), b=pl.Series([True, True, True])
     )
-    assert answers(feature, asked, e=table) == [1, 1, 0]
+    assert feature_rows(feature, rows, e=table) == [1, 1, 0]
 
 
 def found_positions(
-    positions: list[int], groups: list[int], moments: list[int], asked: list[int], lengths: list[int], far: bool
+    positions: list[int], groups: list[int], moments: list[int], times: list[int], lengths: list[int], far: bool
 ) -> list[list[tuple[int, int]]]:
     """Windows per length, in the order of spine rows; with `far`, key and time do not fit into one integer."""
     if far:
         positions, groups = [*positions, 2**58], [*groups, 2**20]
-    sorting = EventOrder(*(np.array(values, np.int64) for values in (positions, groups, moments, asked)))
+    sorting = EventOrder(*(np.array(values, np.int64) for values in (positions, groups, moments, times)))
     assert (sorting.unique is not None) == far
     result = []
     for length in lengths:
@@ -255,16 +259,19 @@ few = st.integers(0, 30)
 
 @given(
     history=st.lists(st.tuples(few, st.integers(0, 3)), max_size=20),
-    asked=st.lists(st.tuples(few, st.integers(-1, 4)), min_size=1, max_size=10),
+    wanted=st.lists(st.tuples(few, st.integers(-1, 4)), min_size=1, max_size=10),
 )
 def test_both_ways_of_sorting_find_the_same_windows(
-    history: list[tuple[int, int]], asked: list[tuple[int, int]]
+    history: list[tuple[int, int]], wanted: list[tuple[int, int]]
 ) -> None:
     positions, groups = [t for t, _ in history], [g for _, g in history]
-    moments, keys = [t for t, _ in asked], [g for _, g in asked]
+    moments, keys = [t for t, _ in wanted], [g for _, g in wanted]
     lengths = [1, 7, 100]
     expected = [
-        [[i for i, (t, g) in enumerate(history) if g == key and moment - length <= t < moment] for moment, key in asked]
+        [
+            [i for i, (t, g) in enumerate(history) if g == key and moment - length <= t < moment]
+            for moment, key in wanted
+        ]
         for length in lengths
     ]
     for far in (False, True):
@@ -303,8 +310,8 @@ def test_times_before_1970_and_far_ahead_are_times() -> None:
         T0,
         datetime(2199, 1, 1, tzinfo=UTC),
     ]
-    table = happenings(*[(time - timedelta(microseconds=1), 1.0) for time in times])
-    assert answers(counted, ask(*times), events=table) == [1] * 4
+    table = event_rows(*[(time - timedelta(microseconds=1), 1.0) for time in times])
+    assert feature_rows(counted, spine_at(*times), events=table) == [1] * 4
 
 
 @pytest.mark.parametrize(
@@ -316,4 +323,4 @@ def test_times_before_1970_and_far_ahead_are_times() -> None:
 )
 def test_an_expression_that_fails_on_a_row_is_named(feature: Any) -> None:
     with pytest.raises(DataError, match=r"(Derived\(n\)|where of 'odd') has a value for every row.*strict=False"):
-        answers(feature, ask(at(1)), events=happenings((at(0), 1.0)))
+        feature_rows(feature, spine_at(at(1)), events=event_rows((at(0), 1.0)))

@@ -153,15 +153,15 @@ def history(seed: int, rows: int, heavy: float) -> dict[str, pl.DataFrame]:
 
 
 def spoiled(frames: dict[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
-    """With rows that break contracts, questions asked twice, and keys of a dimension with two rows."""
-    asked, paid, shop = frames["asks"], frames["pays"], frames["shops"]
-    timeless = asked[1:2].with_columns(at=pl.lit(None, MOMENT), id=pl.lit(-3, pl.Int64))
-    conflict = asked[2:4].with_columns(x=pl.lit(1e9, pl.Float32))
+    """With rows that break contracts, repeated spine rows, and keys of a dimension with two rows."""
+    spine_rows, paid, shop = frames["asks"], frames["pays"], frames["shops"]
+    timeless = spine_rows[1:2].with_columns(at=pl.lit(None, MOMENT), id=pl.lit(-3, pl.Int64))
+    conflict = spine_rows[2:4].with_columns(x=pl.lit(1e9, pl.Float32))
     endless = paid[:2].with_columns(v=pl.lit(float("inf")))
     more = shop[:1].with_columns(area=pl.lit(99, pl.Int32))
     return {
         **frames,
-        "asks": pl.concat([asked, asked[:2], conflict, timeless]),
+        "asks": pl.concat([spine_rows, spine_rows[:2], conflict, timeless]),
         "pays": pl.concat([paid, endless]),
         "shops": pl.concat([shop, shop[1:2], more]),
     }
@@ -247,7 +247,7 @@ CUTS = st.builds(
     cut=CUTS,
 )
 @settings(max_examples=15)
-def test_any_cut_by_key_gives_the_same_bits_letters_and_accounts(
+def test_any_partition_by_key_gives_the_same_bits_dead_letters_and_tallies(
     tmp_path_factory: pytest.TempPathFactory,
     view: FeatureView,
     seed: int,

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from tests.support import market
-from tests.support.features_runs import answers, days, run
+from tests.support.features_runs import days, feature_rows, run
 from tests.support.lifetime_case import definition, same
 
 
@@ -23,7 +23,7 @@ def long(store: Path, frames: dict[str, pl.DataFrame]) -> pl.DataFrame:
     market.write(store, frames)
     market.define(store, definition("3650d", "3650d"))
     run(store)
-    found = answers(store)
+    found = feature_rows(store)
     return found.rename({name: name.replace("_3650d", "_all") for name in found.columns})
 
 
@@ -34,7 +34,7 @@ def test_a_lifetime_is_a_window_longer_than_the_data(tmp_path: Path, flags: tupl
     market.write(tmp_path / "a", frames, files=2, shuffle=4 if "shuffle" in flags else None)
     market.define(tmp_path / "a", definition("all", "forever"))
     run(tmp_path / "a", *flags)
-    same(answers(tmp_path / "a"), long(tmp_path / "b", frames))
+    same(feature_rows(tmp_path / "a"), long(tmp_path / "b", frames))
 
 
 def test_day_by_day_each_starts_from_the_summary_of_the_days_before(tmp_path: Path) -> None:
@@ -43,10 +43,10 @@ def test_day_by_day_each_starts_from_the_summary_of_the_days_before(tmp_path: Pa
     market.define(tmp_path / "a", definition("all", "forever"))
     for day in days()[:-1]:
         run(tmp_path / "a", "--start", str(day), "--end", str(day + timedelta(days=1)))
-    same(answers(tmp_path / "a"), long(tmp_path / "b", frames))
+    same(feature_rows(tmp_path / "a"), long(tmp_path / "b", frames))
 
 
-def test_a_late_event_reaches_every_answer_after_it(tmp_path: Path) -> None:
+def test_a_late_event_reaches_every_feature_row_after_it(tmp_path: Path) -> None:
     frames = sources()
     market.define(tmp_path / "a", definition("all", "forever"))
     late = pl.col("sale") == frames["sales"].filter(pl.col("sold") < market.at(2))["sale"][-1]
@@ -54,7 +54,7 @@ def test_a_late_event_reaches_every_answer_after_it(tmp_path: Path) -> None:
     run(tmp_path / "a")
     market.write(tmp_path / "a", frames)
     run(tmp_path / "a")
-    same(answers(tmp_path / "a"), long(tmp_path / "b", frames))
+    same(feature_rows(tmp_path / "a"), long(tmp_path / "b", frames))
 
 
 def test_new_days_go_on_from_the_last_summary(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_new_days_go_on_from_the_last_summary(tmp_path: Path) -> None:
     market.write(tmp_path / "a", frames)
     figures = run(tmp_path / "a")
     assert figures["first"] == str(days()[3])
-    same(answers(tmp_path / "a"), long(tmp_path / "b", frames))
+    same(feature_rows(tmp_path / "a"), long(tmp_path / "b", frames))
 
 
 def test_a_key_may_be_called_as_a_summary_calls_its_last_rows(tmp_path: Path) -> None:
@@ -78,5 +78,8 @@ def test_a_key_may_be_called_as_a_summary_calls_its_last_rows(tmp_path: Path) ->
         market.write(tmp_path / name, {source: frame.rename({"city": "latest"}) for source, frame in frames.items()})
         market.define(tmp_path / name, text)
         run(tmp_path / name)
-    expected = answers(tmp_path / "b")
-    same(answers(tmp_path / "a"), expected.rename({each: each.replace("_3650d", "_all") for each in expected.columns}))
+    expected = feature_rows(tmp_path / "b")
+    same(
+        feature_rows(tmp_path / "a"),
+        expected.rename({each: each.replace("_3650d", "_all") for each in expected.columns}),
+    )

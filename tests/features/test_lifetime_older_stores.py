@@ -61,7 +61,7 @@ def test_the_store_is_what_its_name_says(old: Path) -> None:
     assert read_manifest(open_table(uri(old))).version == 1
 
 
-def test_all_is_computed_again_and_who_learned_from_it_is_told(
+def test_all_is_computed_again_and_models_that_were_trained_on_it_are_named(
     old: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
@@ -72,11 +72,11 @@ def test_all_is_computed_again_and_who_learned_from_it_is_told(
     out = " ".join(capsys.readouterr().out.split())
     assert re.search(r"2024-01-01–2024-01-06 6 \d+ written before manifests of version 2, when .*: recomputed", out)
     figures = run(old)
-    said = capsys.readouterr().err
-    assert "rows of 8 days written before manifests of version 2" in said
-    assert "recomputed" in said
-    assert "train it again: run learned (table version 1)" in said
-    assert "unconcerned" not in said
+    printed = capsys.readouterr().err
+    assert "rows of 8 days written before manifests of version 2" in printed
+    assert "recomputed" in printed
+    assert "train it again: run learned (table version 1)" in printed
+    assert "unconcerned" not in printed
     assert figures["models_trained_on_outdated_days"] == ["run learned (table version 1)"]
     assert (figures["outdated_days"], figures["dates"]) == (8, 8)
     assert ever(old) == RIGHT
@@ -95,16 +95,16 @@ def test_without_a_registry_it_is_computed_all_the_same(old: Path, registry: str
         (old / "registry" / "mlflow.db").write_text("no database")
     assert run(old)["models_trained_on_outdated_days"] == ["run learned (table version 1)"]
     assert ever(old) == RIGHT
-    said = capsys.readouterr().err
-    assert "the model of run spoiled cannot be read" in said
-    assert ("the model registry cannot be read" in said) == (registry == "broken")
+    printed = capsys.readouterr().err
+    assert "the model of run spoiled cannot be read" in printed
+    assert ("the model registry cannot be read" in printed) == (registry == "broken")
 
 
 def test_a_run_of_some_days_leaves_the_others_to_be_computed(old: Path, capsys: Out) -> None:
     run(old, "--start", "2024-01-08", "--end", "2024-01-09")
-    said = capsys.readouterr().err
-    assert "rows of 1 day written before" in said
-    assert "rows of 7 more days, from 2024-01-01 to 2024-01-10, were written before that" in said
+    printed = capsys.readouterr().err
+    assert "rows of 1 day written before" in printed
+    assert "rows of 7 more days, from 2024-01-01 to 2024-01-10, were written before that" in printed
     wrong = [ours != theirs for ours, theirs in zip(ever(old), RIGHT, strict=True)]
     assert wrong == [False] * 7 + [True]
     manifest = read_manifest(open_table(uri(old)))

@@ -113,7 +113,7 @@ of_some = st.integers(0, 99)  # decides which
 changes = st.one_of(
     st.tuples(st.just("late rows"), st.lists(payments, min_size=1, max_size=3)),
     st.tuples(st.just("questions"), st.lists(spine_rows, min_size=1, max_size=4)),
-    st.tuples(st.just("days with questions"), st.sets(days, min_size=1, max_size=4)),
+    st.tuples(st.just("days with spine rows"), st.sets(days, min_size=1, max_size=4)),
     st.tuples(st.just("repeats"), st.lists(payments, min_size=1, max_size=2), of_some),
     st.tuples(st.just("deleted"), st.sampled_from(["asks", "pays", "pays"]), of_some),
     st.tuples(st.just("day deleted"), st.sampled_from(["asks", "pays"]), days),
@@ -193,14 +193,14 @@ class Sequences(RuleBasedStateMachine):
 
     @initialize(
         paid=st.lists(payments, max_size=8),
-        asked=st.sets(days, min_size=1, max_size=6),
+        spine_days=st.sets(days, min_size=1, max_size=6),
         sizes=st.tuples(st.integers(1, 12), st.integers(2, 30), st.integers(0, 3)),
     )
-    def begin(self, paid: list[Row], asked: set[int], sizes: tuple[int, int, int]) -> None:
+    def begin(self, paid: list[Row], spine_days: set[int], sizes: tuple[int, int, int]) -> None:
         # Partitions of one date, of some and of all; several files in one; merged at once or later.
         date_spans.SPAN_ROWS, date_spans.FILE_ROWS, date_spans.FEW_FILES = sizes
         self.change(("late rows", paid))
-        self.change(("days with questions", asked))
+        self.change(("days with spine rows", spine_days))
 
     @rule(several=st.lists(changes, max_size=2), flags=runs)
     def run(self, several: list[Any], flags: Flags) -> None:
@@ -371,13 +371,15 @@ class Sequences(RuleBasedStateMachine):
         for town in {known[day] for day in days} or {len(self.town) - 1}:
             tables = self.rows(town)
             some = [as_date(day) for day in days if known[day] == town]
-            asked = tables["asks"].filter(pl.col("at").dt.date().is_in(some) if days else pl.lit(True)).sort("at", "id")
-            asked = asked if days else asked.filter(inside_of(asked, inside))
-            kernel = compute(view, asked, KernelTables(tables))
+            spine_rows = (
+                tables["asks"].filter(pl.col("at").dt.date().is_in(some) if days else pl.lit(True)).sort("at", "id")
+            )
+            spine_rows = spine_rows if days else spine_rows.filter(inside_of(spine_rows, inside))
+            kernel = compute(view, spine_rows, KernelTables(tables))
             columns = [*view.context, *view.columns]
             mine = got.filter(pl.col("date").is_in(some)).select(columns)
             assert_frame_equal(mine, kernel.select(columns), check_exact=True)
-            scanned = pl.DataFrame(oracles.features(view, asked, tables), schema=mine.schema, orient="row")
+            scanned = pl.DataFrame(oracles.features(view, spine_rows, tables), schema=mine.schema, orient="row")
             rounded = [name for name in view.columns if "_std_" in name]
             assert_frame_equal(mine.drop(rounded), scanned.drop(rounded), check_exact=True)
 
@@ -407,10 +409,10 @@ class Sequences(RuleBasedStateMachine):
                 assert_summaries_equal(read_summary(options.table, file), summarise(group, events), keys)
 
 
-def inside_of(asked: pl.DataFrame, inside: pl.Expr) -> pl.Series:
+def inside_of(spine_rows: pl.DataFrame, inside: pl.Expr) -> pl.Series:
     return (
-        asked.with_columns(pl.col("at").dt.date().alias("date")).select(inside.alias("in")).to_series()
-        if len(asked)
+        spine_rows.with_columns(pl.col("at").dt.date().alias("date")).select(inside.alias("in")).to_series()
+        if len(spine_rows)
         else pl.Series([], dtype=pl.Boolean)
     )
 
@@ -474,7 +476,7 @@ def pay(day: int, hour: int = 6) -> Row:
 
 
 def ask(story: Sequences, days: Iterable[int], **how: Any) -> None:
-    story.change(("days with questions", set(days)))
+    story.change(("days with spine rows", set(days)))
     story.launch(dataclasses.replace(PLAIN, **how))
 
 
@@ -503,15 +505,15 @@ def test_a_launch_that_was_killed_leaves_the_snapshots_of_the_one_before(story: 
     ask(story, (8,))
 
 
-def test_questions_that_were_all_deleted_may_come_back(story: Sequences) -> None:
+def test_spine_rows_that_were_all_deleted_may_come_back(story: Sequences) -> None:
     ask(story, (2, 5, 7))
-    asked = dict(story.files["asks"])
-    for name in asked:
+    spine_rows = dict(story.files["asks"])
+    for name in spine_rows:
         story.files["asks"][name] = []
         story.write("asks", name, [])
     story.launch(PLAIN)
-    story.files["asks"] = asked
-    for name, rows in asked.items():
+    story.files["asks"] = spine_rows
+    for name, rows in spine_rows.items():
         story.write("asks", name, rows)
     story.launch(PLAIN)
 

@@ -86,7 +86,7 @@ class Files:
     ),
 )
 @settings(max_examples=12)
-def test_any_blocks_over_any_files_give_the_same_bits_letters_and_accounts(
+def test_any_blocks_over_any_files_give_the_same_bits_dead_letters_and_tallies(
     view: FeatureView,
     tmp_path_factory: pytest.TempPathFactory,
     seed: int,
@@ -101,8 +101,10 @@ def test_any_blocks_over_any_files_give_the_same_bits_letters_and_accounts(
     plan = plan_of(view, store, block_rows=block_rows)
     again, others, accounts = computed(view, plan)
     same(again, features)
-    told = ["source", "field", "rule", "value"]
-    assert_frame_equal(others.select(told).sort(told), dead_letters.select(told).sort(told), check_exact=True)
+    reported = ["source", "field", "rule", "value"]
+    assert_frame_equal(
+        others.select(reported).sort(reported), dead_letters.select(reported).sort(reported), check_exact=True
+    )
     assert accounts["visits"].counts == tallies["visits"].counts
     for name, tally in accounts.items():  # how many lie outside every window is known to a row group only
         assert (name, tally.dead, tally.repeated) == (name, tallies[name].dead, tallies[name].repeated)
@@ -112,7 +114,7 @@ def test_any_blocks_over_any_files_give_the_same_bits_letters_and_accounts(
         assert (name, tallies[name].repeated) == (name, market.REPEATED[name])
 
 
-def test_bad_rows_change_no_answer_of_good_ones(view: FeatureView, tmp_path: Path) -> None:
+def test_bad_rows_change_no_feature_row_of_good_ones(view: FeatureView, tmp_path: Path) -> None:
     frames = market.sources()
     clean = computed(view, plan_of(view, market.write(tmp_path / "a", frames)))[0]
     same(computed(view, plan_of(view, market.write(tmp_path / "b", market.spoiled(frames))))[0], clean)
@@ -144,7 +146,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return market.write(tmp_path_factory.mktemp("shared"), market.sources(60), group=20)
 
 
-def test_a_block_sees_its_questions_and_what_their_windows_reach_and_no_more(view: FeatureView, shared: Path) -> None:
+def test_a_block_sees_its_spine_rows_and_what_their_windows_reach_and_no_more(view: FeatureView, shared: Path) -> None:
     day = date(2024, 3, 5)
     (block,) = plan_of(view, shared, day, date(2024, 3, 6)).blocks
     for slices, reach in ((block.spine, 0), *((block.events[name], view.reach(name)) for name in block.events)):
@@ -163,7 +165,7 @@ def test_day_by_day_is_the_whole(view: FeatureView, tmp_path: Path) -> None:
     same(pl.concat(parts), whole)
 
 
-def test_letters_of_day_by_day_are_told_once(view: FeatureView, tmp_path: Path) -> None:
+def test_dead_letters_of_day_by_day_runs_are_emitted_once(view: FeatureView, tmp_path: Path) -> None:
     """But for rows without any plausible time in their row group, which only a run over everything can own."""
     store = market.write(tmp_path, market.spoiled(market.sources()), group=1000)
     days = [market.at(i).date() for i in range(market.DAYS + 1)]
@@ -178,7 +180,7 @@ def test_letters_of_day_by_day_are_told_once(view: FeatureView, tmp_path: Path) 
         assert set(part["time"].cast(pl.Datetime("us")).dt.date()) <= {day}
 
 
-def test_row_groups_without_any_plausible_time_are_told_by_a_run_over_everything(
+def test_row_groups_without_any_plausible_time_are_reported_by_a_run_over_everything(
     view: FeatureView, tmp_path: Path
 ) -> None:
     frames = market.sources(30)
@@ -193,7 +195,7 @@ def test_row_groups_without_any_plausible_time_are_told_by_a_run_over_everything
     assert all(tallies[name].dead == 2 and tallies[name].conserved for name in market.TIMES)
 
 
-def test_one_stray_stamp_of_the_future_does_not_stretch_the_answers(view: FeatureView, tmp_path: Path) -> None:
+def test_one_stray_time_of_the_future_does_not_stretch_the_interval(view: FeatureView, tmp_path: Path) -> None:
     frames = market.sources(30)
     whole = computed(view, plan_of(view, market.write(tmp_path, frames)))[0]
     stray = frames["visits"][:1].with_columns(
@@ -214,7 +216,7 @@ def test_one_stray_stamp_of_the_future_does_not_stretch_the_answers(view: Featur
         (date(2024, 3, 3), date(2024, 3, 3)),
     ],
 )
-def test_an_interval_without_questions_is_refused_with_those_there_are(
+def test_an_interval_without_spine_rows_is_refused_with_those_there_are(
     view: FeatureView, shared: Path, start: date | None, end: date | None
 ) -> None:
     with pytest.raises(DataError, match=r"'visits' has rows in the interval.*from 2024-03-01 to 2024-03-0\d.*--start"):
@@ -228,7 +230,7 @@ def test_a_spine_of_no_rows_is_refused(view: FeatureView, tmp_path: Path) -> Non
         plan_of(view, tmp_path)
 
 
-def test_events_and_dimensions_of_no_rows_answer_nothing(view: FeatureView, tmp_path: Path) -> None:
+def test_events_and_dimensions_of_no_rows_give_empty_windows_and_nulls(view: FeatureView, tmp_path: Path) -> None:
     frames = {name: frame if name == "visits" else frame.clear() for name, frame in market.sources(30).items()}
     features, dead_letters, tallies = computed(view, plan_of(view, market.write(tmp_path, frames), block_rows=20))
     assert len(features) == 30
@@ -238,7 +240,7 @@ def test_events_and_dimensions_of_no_rows_answer_nothing(view: FeatureView, tmp_
     assert tallies["sales"] == SourceTally("sales")
 
 
-def test_a_question_asked_twice_counts_once_as_an_event_too(view: FeatureView, tmp_path: Path) -> None:
+def test_a_repeated_spine_row_counts_once_as_an_event_too(view: FeatureView, tmp_path: Path) -> None:
     """Identical spine rows count once; of contradictory ones the smallest stays, also where windows read the spine."""
     frames = market.sources(30)
     one = computed(view, plan_of(view, market.write(tmp_path / "a", frames)))[0]

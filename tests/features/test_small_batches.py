@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from random import Random
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from schemas import FeatureView
 from tests.support import oracles
 from tests.support.histories import histories, many_spine_rows, view
 from tests.support.kernels_case import same
-from transforms.features import kernel, window_bounds
+from transforms.features import kernel, packed_events, window_bounds, window_statistics
 from transforms.features.kernel import KernelTables, compute
+from transforms.features.packed_events import IndexedRows, Keys, PackedEvents
 from transforms.features.window_bounds import codes
+from transforms.records.times import ALWAYS
 
 
 @contextlib.contextmanager
@@ -24,8 +29,65 @@ def as_if_many() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(window_bounds, "FEW", -1)
         patch.setattr(window_bounds, "MANY", 0)
+        patch.setattr(window_statistics, "FEW", -1)
         patch.setattr(kernel, "HANDED_OVER", -1)
         yield
+
+
+@contextlib.contextmanager
+def indexed(small: int, by_key: int, collide: bool) -> Iterator[None]:
+    """Parts of more than `small` rows are indexed by hash; up to `by_key` spine rows find their events by key.
+
+    With `collide` all keys have one of two hashes.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_events, "SMALL", small)
+        patch.setattr(kernel, "FOUND_BY_KEY", by_key)
+        if collide:
+            hashes = packed_events.keys_hashes
+            patch.setattr(
+                packed_events,
+                "keys_hashes",
+                lambda *given: {key: some % np.uint64(2) for key, some in hashes(*given).items()},
+            )
+        yield
+
+
+def in_parts(of: FeatureView, tables: Mapping[str, pl.DataFrame], random: Random) -> KernelTables:
+    """The events of each source in a few parts, which grew by additions, in any order."""
+    packed = {}
+    for name, source in of.events.items():
+        rows, parts = tables[name].sample(fraction=1, shuffle=True, seed=random.randrange(2**30)), []
+        while len(rows):
+            piece, rows = rows[: (size := random.randint(1, len(rows)))], rows[size:]
+            start = random.randrange(len(piece))
+            part = IndexedRows(piece[:start] if start else piece, ALWAYS)
+            if start:
+                if random.random() < 0.5:  # it is indexed before it grows
+                    asked = Keys(piece, [(name,) for name in source.columns if not source.schema[name].is_float()])
+                    for key in asked.several:
+                        part.find(key, asked.distinct(key), str(source.time), -(2**60), 2**60)
+                part.add(piece[start:], ALWAYS)
+            parts.append(part)
+        packed[name] = PackedEvents(parts, tables[name].clear())
+    dimensions = {name: tables[name] for name in of.dimensions}
+    return KernelTables(dimensions, packed=packed)
+
+
+@given(
+    spine=many_spine_rows,
+    tables=histories,
+    random=st.randoms(use_true_random=False),
+    small=st.sampled_from([0, 5, 1000]),
+    by_key=st.sampled_from([0, 256, 256, 256]),
+    collide=st.booleans(),
+)
+def test_packed_events_give_the_features_of_the_oracle(
+    spine: pl.DataFrame, tables: Mapping[str, pl.DataFrame], random: Random, small: int, by_key: int, collide: bool
+) -> None:
+    with indexed(small, by_key, collide):
+        got = compute(view, spine, in_parts(view, tables, random))
+    same(got, pl.DataFrame(oracles.features(view, spine, tables), schema=got.schema, orient="row"))
 
 
 spines = st.lists(many_spine_rows, min_size=1, max_size=6).map(

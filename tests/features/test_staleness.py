@@ -13,11 +13,11 @@ from beam_pipelines import features
 from beam_pipelines.features import FeaturesOptions
 from schemas import Source
 from tests.support import shop
+from tests.support.slices import slices_of
 from transforms.features.source_digests import _dimension_digest
 from transforms.records.row_hashing import combine_hashes, hash_column
 from transforms.records.times import as_date
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import slices_of
 from transforms.sources.reader import READ_CHUNK_ROWS
 
 
@@ -26,7 +26,7 @@ def at(options: FeaturesOptions, moment: datetime) -> FeaturesOptions:
     return dataclasses.replace(options, now=int(moment.timestamp() * 1_000_000))
 
 
-def test_questions_too_far_ahead_are_answered_once_their_time_comes(tmp_path: Path) -> None:
+def test_spine_rows_too_far_ahead_are_computed_once_their_time_comes(tmp_path: Path) -> None:
     """Their file has not changed: a day of which some rows were set aside for their stamp does not count as known."""
     definition = shop.write(tmp_path, 600)
     options = features.parse(["--definition", str(definition), "--store", str(tmp_path), "--no-statistics"])

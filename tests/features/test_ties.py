@@ -226,10 +226,10 @@ def test_live_takes_the_same_rows_and_parity_agrees(
     assert parity.main(["--definition", path, "--store", str(tmp_path)]) == 0
 
 
-def test_rows_are_judged_by_the_columns_that_features_need(
+def test_rows_are_checked_by_the_columns_that_features_need(
     root: tuple[Path, dict[str, pl.DataFrame]], tmp_path: Path
 ) -> None:
-    """`z` is infinite in many rows: it puts them in order, and nobody asked for it."""
+    """`z` is infinite in many rows: it only puts them in order, and no feature reads it."""
     folder, frames = root
     batch(folder, tmp_path, ["kept", "latest", "dim"], False, "--run_id", "r")
     sources = figures_of(tmp_path, "r")["sources"]
@@ -310,8 +310,8 @@ def test_a_table_whose_rows_were_taken_in_another_order_is_not_continued(
         view = load_definition(str(path)).view
         argv = ["--definition", str(path), "--store", str(tmp_path), "--sources", str(folder / "sources")]
         assert features.main([*argv, "--run_id", run_id]) == 0
-        told = figures_of(tmp_path, run_id)
-        return view, read(f"{tmp_path}/features/tied/{view.fingerprint}"), told
+        reported = figures_of(tmp_path, run_id)
+        return view, read(f"{tmp_path}/features/tied/{view.fingerprint}"), reported
 
     first, before, _ = run(HEAD, "first")
     assert run(HEAD, "again")[2]["rows_out"] == 0
@@ -319,9 +319,9 @@ def test_a_table_whose_rows_were_taken_in_another_order_is_not_continued(
         'bare = Source("bare", time="at", columns=WIDE)',
         'bare = Source("bare", time="at", columns=dict(reversed(WIDE.items())))',
     )
-    second, after, told = run(turned, "turned")
+    second, after, reported = run(turned, "turned")
     assert first.fingerprint == second.fingerprint
-    assert told["rows_out"] == len(after)
+    assert reported["rows_out"] == len(after)
     assert differing(before, first, folder) == differing(after, second, folder) == []
     assert not before["bare_s"].equals(after["bare_s"]), "another row is taken"
 

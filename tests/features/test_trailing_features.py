@@ -70,7 +70,7 @@ def whole(view: FeatureView, store: Path) -> pl.DataFrame:
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_trailing_features_answers_every_question_once_whatever_the_plan(
+def test_trailing_features_computes_every_spine_row_once_whatever_the_plan(
     view: FeatureView, store: Path, whole: pl.DataFrame, shuffled: bool
 ) -> None:
     plan = plan_of(view, store, shuffled)
@@ -107,7 +107,7 @@ def test_trailing_features_answers_every_question_once_whatever_the_plan(
         assert_that(tallies | beam.CombineGlobally(add_tallies), check_tallies, "tallies")
 
 
-def test_features_carry_the_id_of_their_question_and_its_utc_date(view: FeatureView, whole: pl.DataFrame) -> None:
+def test_features_carry_the_id_of_their_spine_row_and_its_utc_date(view: FeatureView, whole: pl.DataFrame) -> None:
     assert whole["row_id"].n_unique() == len(whole)
     assert (whole["date"] == whole["asked"].dt.date()).all()
     again = features_batch(view, whole.drop("row_id", "date")[::-1])
@@ -213,7 +213,7 @@ def pairs(rows: pa.RecordBatch) -> Iterator[tuple[date, int]]:
     yield from zip(rows.column(0).to_pylist(), rows.column(1).to_pylist(), strict=True)
 
 
-def test_files_that_do_not_answer_every_question_are_not_committed() -> None:
+def test_files_without_a_feature_row_for_every_spine_row_are_not_committed() -> None:
     written = [(DataFile("a", DAYS[0], 3, 1), {"date": "2020-01-01"})]
     assert require_conserved(written, {"q": SourceTally("q", 4, 3, 0, 0, 1)}, "q") == written
     with pytest.raises(DataError, match=r"3 feature rows of 4 spine rows.*Nothing was committed"):

@@ -1,4 +1,4 @@
-"""Every statistic of a window equals the slow, obvious answer, and depends on nothing but the window's values."""
+"""Every statistic of a window equals the slow, obvious value, and depends on nothing but the window's values."""
 
 import math
 import random
@@ -48,8 +48,8 @@ def windowed(
     return column, [(lo, hi) for lo, hi in windows]
 
 
-def answers(values: list[Any], windows: list[tuple[int, int]], stat: str) -> list[Any]:
-    """What `statistic` says, None where there is no value."""
+def feature_rows(values: list[Any], windows: list[tuple[int, int]], stat: str) -> list[Any]:
+    """What `statistic` returns, None where there is no value."""
     valid = np.array([value is not None for value in values], np.bool_)
     column = Column(np.array([0.0 if value is None else value for value in values], np.float64), valid)
     lo, hi = (np.array([window[side] for window in windows], np.int64) for side in (0, 1))
@@ -76,7 +76,7 @@ def test_a_statistic_is_that_of_its_window_to_the_last_bit(
 ) -> None:
     values, windows = case
     expected = [oracles.statistic(stat, values[lo:hi]) for lo, hi in windows]
-    assert answers(values, windows, stat) == expected
+    assert feature_rows(values, windows, stat) == expected
 
 
 @given(case=windowed())
@@ -87,7 +87,7 @@ def test_a_statistic_is_that_of_its_window_to_the_last_bit(
 def test_variance_is_that_of_exact_arithmetic(case: tuple[list[Any], list[tuple[int, int]]]) -> None:
     values, windows = case
     for (lo, hi), var, std in zip(
-        windows, answers(values, windows, "var"), answers(values, windows, "std"), strict=True
+        windows, feature_rows(values, windows, "var"), feature_rows(values, windows, "std"), strict=True
     ):
         exact = [Fraction(value) for value in values[lo:hi] if value is not None]
         if len(exact) < 2:
@@ -103,7 +103,7 @@ def test_variance_is_that_of_exact_arithmetic(case: tuple[list[Any], list[tuple[
 @given(case=windowed())
 def test_the_variance_of_equal_values_is_zero(case: tuple[list[Any], list[tuple[int, int]]]) -> None:
     values, windows = case
-    for (lo, hi), var in zip(windows, answers(values, windows, "var"), strict=True):
+    for (lo, hi), var in zip(windows, feature_rows(values, windows, "var"), strict=True):
         if len({value for value in values[lo:hi] if value is not None}) == 1 and var is not None:
             assert var == 0.0
 
@@ -116,7 +116,7 @@ def test_the_order_of_arrival_changes_no_bit(
     values, _ = case
     shuffled = random.Random(seed).sample(values, len(values))
     whole = [(0, len(values))]
-    assert bits(answers(shuffled, whole, stat)) == bits(answers(values, whole, stat))
+    assert bits(feature_rows(shuffled, whole, stat)) == bits(feature_rows(values, whole, stat))
 
 
 @pytest.mark.parametrize("stat", NUMERIC)
@@ -127,15 +127,15 @@ def test_history_outside_the_window_changes_no_bit(
 ) -> None:
     values, windows = case
     shifted = [(lo + len(before), hi + len(before)) for lo, hi in windows]
-    assert bits(answers([*before, *values, *after], shifted, stat)) == bits(answers(values, windows, stat))
+    assert bits(feature_rows([*before, *values, *after], shifted, stat)) == bits(feature_rows(values, windows, stat))
 
 
 @pytest.mark.parametrize("stat", NUMERIC)
 @given(case=windowed())
 def test_a_window_computed_alone_gives_the_same_bits(stat: str, case: tuple[list[Any], list[tuple[int, int]]]) -> None:
     values, windows = case
-    alone = [answers(values[lo:hi], [(0, hi - lo)], stat)[0] for lo, hi in windows]
-    assert bits(answers(values, windows, stat)) == bits(alone)
+    alone = [feature_rows(values[lo:hi], [(0, hi - lo)], stat)[0] for lo, hi in windows]
+    assert bits(feature_rows(values, windows, stat)) == bits(alone)
 
 
 POOLS = {
@@ -167,11 +167,11 @@ def test_twenty_thousand_sums_are_those_of_fsum(pool: str) -> None:
 @given(values=st.lists(money, min_size=1, max_size=30))
 def test_a_float32_of_money_is_that_of_the_exact_sum(values: list[float]) -> None:
     exact = float(sum(map(Fraction, values)))
-    assert np.float32(answers(values, [(0, len(values))], "sum")[0]) == np.float32(exact)
+    assert np.float32(feature_rows(values, [(0, len(values))], "sum")[0]) == np.float32(exact)
 
 
 @given(values=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=30))
-def test_whole_numbers_of_any_size_are_told_apart(values: list[int]) -> None:
+def test_whole_numbers_of_any_size_are_distinguished(values: list[int]) -> None:
     column = Column(np.array(values, np.int64), None)
     lo, hi = np.array([0]), np.array([len(values)])
     assert statistic(column, "n_unique", lo, hi)[0][0] == len(set(values))
@@ -200,7 +200,7 @@ def test_many_long_constant_windows_cost_no_pass_over_each() -> None:
 @pytest.mark.parametrize("values", [[], [None], [None, None, None]])
 def test_a_window_without_values_has_counts_of_zero_and_null_for_the_rest(stat: str, values: list[None]) -> None:
     expected = 0.0 if stat in ("count", "n_unique") else None
-    assert answers(list(values), [(0, len(values)), (0, 0)], stat) == [expected, expected]
+    assert feature_rows(list(values), [(0, len(values)), (0, 0)], stat) == [expected, expected]
 
 
 def brute(values: list[float], windows: list[tuple[int, int]], of: Callable[[list[float]], float]) -> list[float]:

@@ -42,7 +42,7 @@ model = Model(view, label=Label(asks, on="id", value=pl.col("amount") > 20, with
 
 
 def rows_of(view: FeatureView, count: int, first: int = 0) -> pa.RecordBatch:
-    """Answers on their way to a model."""
+    """Feature rows for a model."""
     random, numbers = np.random.default_rng(first), np.arange(first, first + count)
     amount = random.normal(20, 10, count).astype(np.float32)
     columns: dict[str, Any] = {
@@ -204,8 +204,8 @@ def test_altered_files_are_refused_once_and_taken_when_they_are_restored(
     (refused,) = champion.refused
     assert refused.version == "2"
     assert champion.take_counts() == {"swaps": 0, "refused": 1}
-    (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-    assert "version 2 of 'asks' is refused, version 1 serves on" in said
+    (printed,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert "version 2 of 'asks' is refused, version 1 serves on" in printed
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(kept, folder)
     champion.look()
@@ -235,8 +235,8 @@ def test_a_model_made_for_something_else_is_refused(
 
 def test_a_model_that_reads_an_unknown_feature_is_refused(shop: Shop, champion: Champion) -> None:
     bundle = bundle_of(shop.definition, 20)
-    told = json.loads(bundle.encoders.to_json().replace('"half"', '"third"'))
-    bundle = dataclasses.replace(bundle, encoders=type(bundle.encoders).from_json(json.dumps(told)))
+    reported = json.loads(bundle.encoders.to_json().replace('"half"', '"third"'))
+    bundle = dataclasses.replace(bundle, encoders=type(bundle.encoders).from_json(json.dumps(reported)))
     shop.promote(shop.registry.register(bundle, "run-20"))
     champion.look()
     assert champion.current.version == "1"
@@ -252,7 +252,7 @@ def test_a_refused_model_is_tried_again_when_the_alias_moves_back_and_forth(shop
     assert champion.current.version == "2"
 
 
-def test_a_registry_that_goes_away_is_told_of_once_and_missed_by_nobody(
+def test_a_registry_that_goes_away_is_reported_once_and_missed_by_no_row(
     shop: Shop, champion: Champion, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = Path(shop.registry.uri.removeprefix("sqlite:///"))
@@ -291,7 +291,7 @@ def test_nothing_serves_when_even_the_launch_version_is_gone(shop: Shop, tmp_pat
         open_checked(shop.serving(classes=3), shop.serving().first)
 
 
-def test_a_forgotten_champion_ends_its_thread(shop: Shop) -> None:
+def test_a_champion_that_is_no_longer_used_ends_its_thread(shop: Shop) -> None:
     shop.promote("1")
     before = threading.active_count()
     champion = Champion(shop.serving(poll=5_000))

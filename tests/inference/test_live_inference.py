@@ -67,7 +67,7 @@ def at() -> Iterator[Callable[[int, Callable[[], Any]], None]]:
         log.removeHandler(handler)
 
 
-def test_every_answer_is_scored_once_as_a_batch_job_would(house: House) -> None:
+def test_every_feature_row_is_scored_once_as_a_batch_job_would(house: House) -> None:
     assert house.run("--run_id", "one") == 0
     found, expected = house.predictions.sort("row_id"), house.expected("1")
     assert found.select(expected.columns).equals(expected)
@@ -75,7 +75,7 @@ def test_every_answer_is_scored_once_as_a_batch_job_would(house: House) -> None:
     status = house.status("one")
     assert status["rows"] == {"read": ROWS, "predicted": ROWS, "repeated": 0, "letters": 0}
     assert (status["version"], status["last"], status["by_version"]) == ("1", True, {"1": ROWS})
-    seen = pl.DataFrame(pl.from_arrow(house.answers())).sort("row_id")
+    seen = pl.DataFrame(pl.from_arrow(house.feature_rows())).sort("row_id")
     assert found.select("__cut", "__late", "__answered").equals(seen.select("__cut", "__late", "__answered"))
     assert house.run("--run_id", "again") == 0  # nothing is left to do
     assert len(house.predictions) == ROWS
@@ -116,9 +116,9 @@ def test_a_new_champion_takes_over_between_two_batches(
     scored = found["__scored"].to_physical()
     assert scored[border - 1] < swap_told["at"] <= scored[border]
     assert status["by_version"] == {"1": border, "2": ROWS - border}
-    said = [record.getMessage() for record in caplog.records if record.name == "millrace.serving"]
-    assert any("version 2 of 'orders' serves instead of version 1 since" in line for line in said)
-    assert any(f"version 2 of 'orders' scores from orders.features/0@{border} on" in line for line in said)
+    printed = [record.getMessage() for record in caplog.records if record.name == "millrace.serving"]
+    assert any("version 2 of 'orders' serves instead of version 1 since" in line for line in printed)
+    assert any(f"version 2 of 'orders' scores from orders.features/0@{border} on" in line for line in printed)
 
 
 def test_a_broken_champion_is_refused_and_the_old_one_serves_on(
@@ -265,7 +265,7 @@ def shared(built: House) -> House:
         ({"key": b"__heartbeat", "value": b"soon"}, "a heartbeat is an integer"),
     ],
 )
-def test_a_message_that_is_no_answer_becomes_a_letter_and_spoils_no_other(
+def test_a_message_without_feature_rows_becomes_a_dead_letter_and_spoils_no_other(
     house: House, change: dict[str, Any], rule: str
 ) -> None:
     view = load_definition(house.definition).view
@@ -279,17 +279,17 @@ def test_a_message_that_is_no_answer_becomes_a_letter_and_spoils_no_other(
     assert rule in dead_letter["rule"]
 
 
-def test_answers_of_another_schema_or_without_their_question_become_letters(house: House) -> None:
+def test_feature_rows_of_another_schema_or_without_their_key_become_dead_letters(house: House) -> None:
     view = load_definition(house.definition).view
-    answers = pl.DataFrame(pl.from_arrow(house.answers().slice(0, 4)))
+    feature_rows = pl.DataFrame(pl.from_arrow(house.feature_rows().slice(0, 4)))
     good, *_ = messages_of(house, 10, partitions=1)
-    rows = to_score(view, [good._replace(value=to_arrow(answers.drop("amount")))])
+    rows = to_score(view, [good._replace(value=to_arrow(feature_rows.drop("amount")))])
     (less,) = BatchOrigin.of(rows).dead_letters.rows(named=True)
     assert "column 'amount' must be float; it is missing" in less["rule"]
-    holed = answers.with_columns(
-        pl.when(pl.col("row_id") == answers["row_id"][2]).then(None).otherwise(pl.col("row_id")).alias("row_id")
+    holed = feature_rows.with_columns(
+        pl.when(pl.col("row_id") == feature_rows["row_id"][2]).then(None).otherwise(pl.col("row_id")).alias("row_id")
     )
-    schema = pa.schema(house.answers().schema)
+    schema = pa.schema(house.feature_rows().schema)
     rows = to_score(view, [good._replace(value=to_arrow(batch(holed, schema)))])
     (dead_letter,) = BatchOrigin.of(rows).dead_letters.rows(named=True)
     assert rows.num_rows == 3

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Heard(logging.Handler):
-    """What is said."""
+    """Collects log messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,37 +42,37 @@ class Heard(logging.Handler):
         self.text += f"{record.getMessage()}\n"
 
 
-def test_a_job_of_which_nothing_is_heard_while_messages_wait_says_so(
+def test_a_job_that_commits_nothing_while_messages_wait_is_reported(
     live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its workers are frozen, longer than a commit may take here: once it runs a second, not a minute."""
     monkeypatch.setattr(job_supervisor, "LOOK", 0.5)
-    stage, told, heard = Stage(live, tmp_path), slots(history()), Heard()
+    stage, to_send, heard = Stage(live, tmp_path), slots(history()), Heard()
     pool, log, failed = live.workers.child, logging.getLogger("millrace.live"), list[BaseException]()
     assert pool is not None
 
     def whole() -> bool:
         """Whether all that was sent is committed."""
-        told = stage.status("one").get("next", {})
-        return all(told.get(name, {}).get(str(number)) == offset for (name, number), offset in stage.sent.items())
+        committed = stage.status("one").get("next", {})
+        return all(committed.get(name, {}).get(str(number)) == offset for (name, number), offset in stage.sent.items())
 
     def meddle() -> None:
         try:
-            stage.tell(told[:8])
+            stage.send_slots(to_send[:8])
             await_(lambda: commits(stage) >= 3, 100)
             await_(whole, 30)
             monkeypatch.setattr(job_supervisor, "STILL", 1.0)
             time.sleep(4)
-            stage.tell(told[8:10])  # after a pause, and read at once
+            stage.send_slots(to_send[8:10])  # after a pause, and read at once
             await_(whole, 30)
             assert "no commit" not in heard.text
             pool.signal(signal.SIGSTOP)
-            stage.tell(told[10:12])
+            stage.send_slots(to_send[10:12])
             await_(lambda: "no commit for" in heard.text, 60)
         except BaseException as error:
             failed.append(error)
         pool.signal(signal.SIGCONT)
-        stage.tell(told[12:])
+        stage.send_slots(to_send[12:])
         stage.beat(FOREVER)
         stage.flush()
 
@@ -123,7 +123,7 @@ def test_both_jobs_over_a_pool_give_what_batch_gives_and_one_restarts_amid(
         ]
         return Child(command, tmp_path / f"{run_id}.log", cwd=ROOT)
 
-    def answers() -> int:
+    def feature_rows() -> int:
         table = open_table(features_live_uri(str(store), view.name, view.fingerprint))
         return 0 if table is None else sum(file.rows for file in data_files(table))
 
@@ -157,16 +157,16 @@ def test_both_jobs_over_a_pool_give_what_batch_gives_and_one_restarts_amid(
         with Child(producer, tmp_path / "producer.log", cwd=ROOT) as sending:
             await_(lambda: rows_sent() > ROWS, 100, sending)  # of 2 x ROWS: the sources' together
             sending.signal(signal.SIGSTOP)  # however slow the machine is, the rest is the second job's
-            await_(lambda: answers() > 0, 100, first)
+            await_(lambda: feature_rows() > 0, 100, first)
             first.signal(signal.SIGINT)
             assert first.wait(60) == 0, first.output()
-            assert answers() < ROWS
+            assert feature_rows() < ROWS
             with job("features", "second", "--without_history") as second:
                 sending.signal(signal.SIGCONT)
                 assert sending.wait(100) == 0, sending.output()
-                said = end(second)
+                printed = end(second)
         end(scores, 60)
-    assert "questions unaccounted for  0" in said
+    assert "questions unaccounted for  0" in printed
     found = check_parity(view, str(store))
     assert (found.feature_rows, found.differing, found.uncomputed) == (ROWS, 0, 0)
     table = open_table(str(store / "predictions_live" / "orders"))

@@ -182,11 +182,11 @@ def killed(house: House, live: Live, folder: Path, times: int, seed: int) -> Non
     found = house.predictions
     assert found["row_id"].n_unique() == len(found) == ROWS
     check(house, found)
-    told = topic_rows(live, f"{prefix}orders.predictions")
-    assert set(told["prediction_id"]) == set(found["prediction_id"])  # the topic lacks nothing
-    check(house, told)
-    both = found.join(told, on=["prediction_id", "model_version", "score"], how="semi")
-    assert len(both) == ROWS  # what the table holds was told
+    reported = topic_rows(live, f"{prefix}orders.predictions")
+    assert set(reported["prediction_id"]) == set(found["prediction_id"])  # the topic lacks nothing
+    check(house, reported)
+    both = found.join(reported, on=["prediction_id", "model_version", "score"], how="semi")
+    assert len(both) == ROWS  # the topic has what the table has
     status = house.status("killed")
     assert status["rows"]["predicted"] == ROWS
     assert status["rows"]["read"] == ROWS + status["rows"]["repeated"]
@@ -212,7 +212,7 @@ def test_a_missing_topic_a_missing_broker_and_a_missing_model_are_named(
     assert "millrace promote" in error
 
 
-def test_letters_go_to_topic_and_table_and_what_was_deleted_unread_is_counted(
+def test_dead_letters_go_to_topic_and_table_and_what_was_deleted_unread_is_counted(
     house: House, live: Live, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prefix, sender, topic = topics(house, live, 1)
@@ -234,9 +234,9 @@ def test_letters_go_to_topic_and_table_and_what_was_deleted_unread_is_counted(
     assert dead_letters["offset"].to_list() == [1, 2]
     consumer = Consumer({"bootstrap.servers": live.broker.bootstrap, "group.id": "look", "enable.auto.commit": False})
     consumer.assign([TopicPartition(f"{prefix}orders.predictions.dead_letters", 0, OFFSET_BEGINNING)])
-    told = [json.loads(message.value()) for message in consumer.consume(2, timeout=20)]
+    reported = [json.loads(message.value()) for message in consumer.consume(2, timeout=20)]
     consumer.close()
-    assert [each["offset"] for each in told] == [1, 2]
+    assert [each["offset"] for each in reported] == [1, 2]
     assert (
         guard(inference_streaming.main)(flags(house, live, prefix, "again")) == 0
     )  # the topic had ended: nothing to do

@@ -1,5 +1,5 @@
-"""`millrace trace` of live answers and predictions: back to the question, to what the answer could see, and to the
-model."""
+"""`millrace trace` of live feature rows and predictions: back to the spine row, to what the feature row could see, and
+to the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from beam_pipelines.commands.tables import tables
 from beam_pipelines.commands.trace import trace
 from schemas.errors import DataError
-from tests.support.live_dimensions_case import SHOPS, asked
+from tests.support.live_dimensions_case import SHOPS, computed_one
 from tests.support.live_inference_case import House
 from tests.support.live_turns import read, view
 from transforms.lineage.live_trace import dimensions_used, visible_to
@@ -28,18 +28,18 @@ Out = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def traced(house: House, built: House, monkeypatch: pytest.MonkeyPatch) -> House:
-    """The house with the sources that its answers saw."""
+    """The store with the sources that its feature rows saw."""
     os.symlink(built.store / "sources", house.store / "sources")
     monkeypatch.setenv("COLUMNS", "400")
     return house
 
 
 def answer_of(house: House, number: int) -> dict[str, object]:
-    return pl.DataFrame(pl.from_arrow(house.answers())).filter(id=number).row(0, named=True)
+    return pl.DataFrame(pl.from_arrow(house.feature_rows())).filter(id=number).row(0, named=True)
 
 
 def visible(house: House, row: dict[str, object]) -> dict[str, int]:
-    """Rows per day that the answer's windows over sales held, found the slow way."""
+    """Rows per day in the feature row's windows over sales, found by the slow way."""
     cut, at = cut_of(str(row["__cut"])), row["asked_at"]
     sales = read(f"{sources_root(str(house.store))}/sales")
     seen = [
@@ -118,7 +118,7 @@ def test_an_answer_names_the_dimensions_that_it_looked_up(tmp_path: Path) -> Non
     path = tmp_path / "in" / "shops" / "s.parquet"
     path.parent.mkdir(parents=True)
     SHOPS.cast({"size": view.dimensions["shops"].schema["size"]}).write_parquet(path)
-    asked(tmp_path, 1, "a").commit()
+    computed_one(tmp_path, 1, "a").commit()
     row = read(features_live_uri(str(tmp_path), view.name, view.fingerprint)).row(0, named=True)
     (looked,) = dimensions_used(str(tmp_path), row)
     assert looked.path is not None

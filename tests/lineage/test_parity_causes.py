@@ -1,4 +1,4 @@
-"""Live answers beside the full batch table: each cause provoked in turn is named, and nothing else is."""
+"""Live feature rows compared with the full batch table: each cause that is provoked is named, and no other."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_repeats_that_arrive_in_disorder_are_late_rows_as_well(tmp_path: Path) -
     spoiled = market.spoiled(market.sources(80))
     full = compared(tmp_path, spoiled, spoiled, disorder=30 * HOUR, seed=6, chunk=HOUR)
     assert set(full.causes) == {LATE}, full
-    assert set(full.only_batch) == {REJECTED}  # a question too late to be answered is a dead letter
+    assert set(full.only_batch) == {REJECTED}  # a spine row that is too late is a dead letter
     assert full.causes[LATE].values > 10
 
 
@@ -115,12 +115,12 @@ def test_a_job_that_never_had_the_rows_before_its_start(tmp_path: Path, frames: 
     assert named(full) == {HISTORY}, full
     assert full.differing > 10
     assert full.feature_rows < 80
-    assert not full.only_batch  # what was asked before the job began is no difference
+    assert not full.only_batch  # spine rows from before the job began are not a difference
 
 
 def letters_about(view: FeatureView, store: Path, rows: pl.DataFrame, source: str, time: str) -> None:
     """Dead letters of a job that refuses rows older than its start."""
-    told = rows.select(
+    reported = rows.select(
         pl.lit(source).alias("source"),
         pl.lit(0, pl.Int32).alias("partition"),
         pl.int_range(10**6, 10**6 + len(rows)).alias("offset"),
@@ -133,7 +133,7 @@ def letters_about(view: FeatureView, store: Path, rows: pl.DataFrame, source: st
         pl.col(time).dt.date().alias("date"),
     )
     writer = TableWriter(live_dead_letters_uri(str(store), view.name), LIVE_DEAD_LETTERS, "live/a test", "t")
-    assert writer.append(told, 1, {}, NewDeadLetters("live/a test")) == len(rows)
+    assert writer.append(reported, 1, {}, NewDeadLetters("live/a test")) == len(rows)
 
 
 def test_rows_refused_as_older_than_the_start_are_told_from_those_never_had(tmp_path: Path, frames: Frames) -> None:
@@ -145,8 +145,8 @@ def test_rows_refused_as_older_than_the_start_are_told_from_those_never_had(tmp_
     full = compare_with_full(view, str(store), BatchSide.of(view, held))
     assert named(full) == {HISTORY, BEFORE_START}, full
     for label, source in ((BEFORE_START, "stock"), (HISTORY, "stock")):
-        told = {each["feature"].startswith(source) for each in full.causes[label].examples}
-        assert told == {label == BEFORE_START}
+        reported = {each["feature"].startswith(source) for each in full.causes[label].examples}
+        assert reported == {label == BEFORE_START}
 
 
 def test_a_corrected_and_an_erased_row(tmp_path: Path, frames: Frames) -> None:
@@ -271,7 +271,7 @@ def test_several_causes_of_one_value_are_named_together(tmp_path: Path, frames: 
 
 
 def altered(store: Path, view: FeatureView, change: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
-    """Change the first file of the live answers in place."""
+    """Changes the first file of the live feature rows in place."""
     table = open_table(features_live_uri(str(store), view.name, view.fingerprint))
     assert table is not None
     path = data_files(table)[0].path
@@ -280,7 +280,7 @@ def altered(store: Path, view: FeatureView, change: Callable[[pl.DataFrame], pl.
     pq.write_table(rows.to_arrow().cast(before.schema), path)
 
 
-def told(folder: Path, store: Path, *flags: str) -> tuple[int, dict[str, Any]]:
+def reported(folder: Path, store: Path, *flags: str) -> tuple[int, dict[str, Any]]:
     argv = ["--definition", str(folder / "definition.py"), "--store", str(store), "--run_id", "parity", *flags]
     (store / "parity.json").unlink(missing_ok=True)
     code = guard(parity.main)([*argv, "--json", str(store / "parity.json")])
@@ -291,7 +291,7 @@ def test_the_command_compares_with_the_table_and_finds_an_altered_value(
     tmp_path: Path, frames: Frames, capsys: pytest.CaptureFixture[str]
 ) -> None:
     view, store = live(tmp_path, frames)
-    code, figures = told(tmp_path, store)
+    code, figures = reported(tmp_path, store)
     assert code == 0
     assert figures["full_batch"]["batch"] is None
     assert "none to compare with" in capsys.readouterr().out
@@ -299,7 +299,7 @@ def test_the_command_compares_with_the_table_and_finds_an_altered_value(
     assert (
         features.main(["--definition", str(tmp_path / "definition.py"), "--store", str(held), "--run_id", "batch"]) == 0
     )
-    code, figures = told(tmp_path, store, "--batch_store", str(held))
+    code, figures = reported(tmp_path, store, "--batch_store", str(held))
     assert code == 0
     assert figures["full_batch"]["answers_compared"] == 80
     assert figures["full_batch"]["values_differing"] == figures["full_batch"]["unexplained"] == 0
@@ -307,7 +307,7 @@ def test_the_command_compares_with_the_table_and_finds_an_altered_value(
     name = "sales_by_shop_count_2d"
     altered(store, view, lambda rows: rows.with_columns(pl.col(name) + (pl.int_range(pl.len()) == 0).cast(pl.Int64)))
     capsys.readouterr()
-    code, figures = told(tmp_path, store, "--batch_store", str(held))
+    code, figures = reported(tmp_path, store, "--batch_store", str(held))
     assert code == 5
     assert figures["values_differing"] == figures["full_batch"]["unexplained"] == 1
     assert list(figures["full_batch"]["causes"]) == [UNEXPLAINED]
@@ -325,12 +325,12 @@ def test_float32_values_are_printed_as_their_shortest_text(
             size=pl.when(pl.int_range(pl.len()) == 0).then(pl.lit(23.33, pl.Float32)).otherwise(pl.col("size"))
         ),
     )
-    code, figures = told(tmp_path, store)
-    said = capsys.readouterr()
+    code, figures = reported(tmp_path, store)
+    printed = capsys.readouterr()
     assert code == 5
-    assert "23.33 live" in said.err
-    assert "23.33 live" in said.out
-    assert "23.32999" not in said.err + said.out
+    assert "23.33 live" in printed.err
+    assert "23.33 live" in printed.out
+    assert "23.32999" not in printed.err + printed.out
     assert figures["features"]["size"]["examples"][0]["live"] == 23.329999923706055
 
 
@@ -339,7 +339,7 @@ def test_a_question_that_is_nowhere_ends_with_exit_code_5(
 ) -> None:
     view, store = live(tmp_path, frames)
     altered(store, view, lambda rows: rows[1:])
-    code, figures = told(tmp_path, store)
+    code, figures = reported(tmp_path, store)
     assert code == 5
     assert figures["questions_unaccounted_for"] == 1
     assert "1 are none of these" in capsys.readouterr().err
@@ -354,7 +354,7 @@ def test_whatever_is_mixed_is_explained_by_what_was_done(tmp_path: Path) -> None
             "seed": seed,
             "partitions": random.choice([1, 2]),
         }
-        causes = {REJECTED}  # questions that come too late
+        causes = {REJECTED}  # spine rows that arrive too late
         if random.random() < 0.6:
             how["disorder"] = random.choice([2, 40]) * HOUR
             causes.add(LATE)
@@ -370,6 +370,6 @@ def test_whatever_is_mixed_is_explained_by_what_was_done(tmp_path: Path) -> None
             causes.add(DIMENSION)
             held["shops"] = sent["shops"].with_columns(rent=pl.col("rent") * 2 + 1)
         full = compared(tmp_path / str(seed), sent, {**sent, **held}, **how)
-        told = {each for label in named(full) for each in label.split(", ")}
-        assert told <= causes, (seed, causes, full)
+        reported = {each for label in named(full) for each in label.split(", ")}
+        assert reported <= causes, (seed, causes, full)
         assert full.unexplained == 0

@@ -48,8 +48,8 @@ def rows() -> tuple[list[list[float | int | None]], pa.RecordBatch]:
 def invoke(port: int, body: bytes) -> list[dict[str, float]]:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())["predictions"]  # type: ignore[no-any-return]
+        with urllib.request.urlopen(request, timeout=60) as feature_row:
+            return json.loads(feature_row.read())["predictions"]  # type: ignore[no-any-return]
     except urllib.error.HTTPError as error:
         pytest.fail(error.read().decode())
 

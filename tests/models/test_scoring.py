@@ -157,7 +157,7 @@ def test_row_by_row_equals_all_at_once(scorers: dict[str, Scorer]) -> None:
     assert np.array(singly).tobytes() == score(scorer, batch).tobytes()
 
 
-def test_a_prediction_carries_its_question_and_its_model(scorers: dict[str, Scorer]) -> None:
+def test_a_prediction_carries_its_feature_row_and_its_model(scorers: dict[str, Scorer]) -> None:
     batch = rows(50)
     found = predict(scorers["binary:logistic"], batch)
     assert found.schema == predictions(batch.schema, ("id",), "asked_at")
@@ -255,7 +255,7 @@ def test_an_unregistered_model_signs_with_its_digest(folders: dict[str, str]) ->
     assert open_scorer(PinnedModel(folder)).version == bundle_digest(folder)[:12]
 
 
-def test_score_in_a_pipeline_answers_every_batch_once(folders: dict[str, str], scorers: dict[str, Scorer]) -> None:
+def test_score_in_a_pipeline_scores_every_batch_once(folders: dict[str, str], scorers: dict[str, Scorer]) -> None:
     parts = [WHOLE.slice(a, 700) for a in range(0, 3_000, 700)]
     expected = pl.from_arrow(predict(scorers["binary:logistic"], WHOLE)).sort("id")
 

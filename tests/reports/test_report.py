@@ -1,5 +1,5 @@
-"""The report of a training run: what it says is what `training.json` says, whole, safe, alone, and kept with the
-model."""
+"""The report of a training run: its content is that of `training.json`; it is complete, safe, self-contained, and
+stored with the model."""
 
 from __future__ import annotations
 
@@ -135,23 +135,23 @@ RUNS = ("binary", "classes", "amount")
 @pytest.mark.parametrize("run", RUNS)
 def test_the_page_says_what_the_account_says(store: Path, run: str) -> None:
     content, page = account(store, run), Page((store / "runs" / run / FILE).read_text())
-    told = list(content["metrics"].values()) + [content["rows"], content["feature_rows"]]
-    told += [end for span in content["intervals"].values() if span and set(content["metrics"]) for end in span][:2]
-    told += [
+    reported = list(content["metrics"].values()) + [content["rows"], content["feature_rows"]]
+    reported += [end for span in content["intervals"].values() if span and set(content["metrics"]) for end in span][:2]
+    reported += [
         value for split in content["splits"].values() for value in (split["rows"], split["waiting"], split["entered"])
     ]
-    told += [trial["value"] for trial in content["trials"]] + [trial["rounds"] for trial in content["trials"]]
+    reported += [trial["value"] for trial in content["trials"]] + [trial["rounds"] for trial in content["trials"]]
     metric = next(iter(content["validate"]))
-    told += [each["metrics"][metric] for each in content["slices"]] + [each["rows"] for each in content["slices"]]
-    told += [each["mean_abs"] for each in content["explanation"]["inputs"]] + list(content["data"]["skew"].values())
-    told += [value for found in content["fairness"] for value in found["differences"].values()]
-    told += [cell for row in content.get("confusion", []) for cell in row] + [
+    reported += [each["metrics"][metric] for each in content["slices"]] + [each["rows"] for each in content["slices"]]
+    reported += [each["mean_abs"] for each in content["explanation"]["inputs"]] + list(content["data"]["skew"].values())
+    reported += [value for found in content["fairness"] for value in found["differences"].values()]
+    reported += [cell for row in content.get("confusion", []) for cell in row] + [
         each["error"] for each in content.get("errors", [])
     ]
-    told += [each["auc"] for each in content.get("classes", [])] + [
+    reported += [each["auc"] for each in content.get("classes", [])] + [
         each["share"] for each in content.get("calibration", [])
     ]
-    for value in told:
+    for value in reported:
         assert value is None or repr(value) in page.values, value
     for gate in content["gates"]:
         assert gate["gate"] in page.text
@@ -195,7 +195,7 @@ def texts(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def test_no_text_of_the_account_becomes_markup(store: Path) -> None:
-    """Every text in turn is a script, whatever it says: a name, a reason, an address, a version."""
+    """Every text in turn is a script: a name, a reason, an address, a version."""
     for run in RUNS:
         kept = json.dumps([account(store, run), load_bundle(store / "runs" / run / "model").manifest])
         seen = 0
@@ -267,11 +267,11 @@ def test_contributions_add_up_to_the_margin(store: Path, run: str) -> None:
     names = list(scorer.bundle.encoders.inputs)
     one_hot = [i for i, name in enumerate(scorer.bundle.encoders.names) if name.startswith("shop=")]
     assert np.allclose(inputs[:, :, names.index("shop")], found[:, :, one_hot].sum(axis=2), atol=1e-6)
-    told = account(store, run)["explanation"]
+    reported = account(store, run)["explanation"]
     sampled = ExplainedSample().add_input(None, rows)
-    again = by_input(scorer, contributions(scorer, sampled.slice(0, told["rows"])))  # type: ignore[union-attr]
+    again = by_input(scorer, contributions(scorer, sampled.slice(0, reported["rows"])))  # type: ignore[union-attr]
     means = np.abs(again).mean(axis=0).sum(axis=0)
-    for each in told["inputs"]:
+    for each in reported["inputs"]:
         assert each["mean_abs"] == pytest.approx(means[names.index(each["input"])], rel=1e-4, abs=1e-7)
 
 

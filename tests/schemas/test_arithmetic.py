@@ -106,7 +106,7 @@ def at(hour: int) -> datetime:
     return T0 + timedelta(hours=hour)
 
 
-def asked() -> pl.DataFrame:
+def spine_rows() -> pl.DataFrame:
     row = {"id": [1, 2], "k": [1, 1], "qty": [100_000, 2], "cents": [99_999, 3], "big": [2**62, 5]}
     return pl.DataFrame({"at": [at(3), at(3)], **row}, schema=q.schema)
 
@@ -127,7 +127,7 @@ def test_derived_conditions_and_labels_do_not_wrap(caplog: pytest.LogCaptureFixt
         Derived(more=pl.col("total") * 2, hidden=pl.col("last_qty") * pl.col("total")),
     ]
     view = FeatureView("v", q, "id", features)
-    made = compute(view, asked(), KernelTables({"ev": happened()}))
+    made = compute(view, spine_rows(), KernelTables({"ev": happened()}))
     assert made["total"].to_list() == [9_999_900_000, 6]
     assert made["large"].to_list() == [None, 25]
     assert "Derived 'large': 1 of 2 values are null: int64 cannot hold them" in caplog.text
@@ -136,7 +136,7 @@ def test_derived_conditions_and_labels_do_not_wrap(caplog: pytest.LogCaptureFixt
     assert made["ever_by_k_qty_sum_all"].to_list() == [100_000.0, 100_000.0]
     assert made["more"].to_list() == [19_999_800_000, 12]
     label = Label(ev, on="k", value=pl.col("qty") * pl.col("cents"), within="1d")
-    rows = asked().with_columns(at=pl.lit(at(0)).dt.cast_time_unit("us"))
+    rows = spine_rows().with_columns(at=pl.lit(at(0)).dt.cast_time_unit("us"))
     assert attach(rows, happened(), label, "at")["__label"].to_list() == [9_999_900_000.0] * 2
 
 

@@ -69,7 +69,7 @@ def test_a_recorded_definition_loads_whatever_became_of_its_neighbours(
         path.write_text("raise RuntimeError") if after == "changed" else path.unlink()
     (tmp_path / "again").mkdir()
     loaded = set(sys.modules)
-    again = load_recorded(name, decode_python(before.source), texts, tmp_path / "again")
+    again = load_recorded(name, decode_python(before.source), texts, tmp_path / "again").definition()
     assert again.view.fingerprint == before.view.fingerprint
     assert before.modules.items() <= again.modules.items()
     assert {each for each in sys.modules if not each.startswith("millrace_definition")} <= loaded
@@ -81,7 +81,7 @@ def test_the_encoding_that_a_file_declares_is_kept(tmp_path: Path) -> None:
     (tmp_path / "definition.py").write_bytes(text.encode("latin-1"))
     found = load_definition(str(tmp_path / "definition.py"))
     (tmp_path / "again").mkdir()
-    again = load_recorded("definition.py", decode_python(found.source), {}, tmp_path / "again")
+    again = load_recorded("definition.py", decode_python(found.source), {}, tmp_path / "again").definition()
     assert (again.source, again.view.fingerprint) == (found.source, found.view.fingerprint)
 
 

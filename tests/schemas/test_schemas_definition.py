@@ -361,7 +361,7 @@ def test_inputs_are_the_features_and_the_spine_columns_that_are_encoded() -> Non
 
 
 @pytest.mark.parametrize("absent", ["drop", 0, 1, False, 0.5])
-def test_silence_may_be_dropped_or_be_an_answer(absent: Any) -> None:
+def test_rows_without_a_label_may_be_dropped_or_get_one(absent: Any) -> None:
     assert label(absent=absent).absent == absent
 
 
@@ -448,7 +448,7 @@ def test_a_module_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.Monk
         (GOOD + "from schemas import Source\nview.spine.name = 'x'", r"can be imported.*FrozenInstanceError.*line 6"),
     ],
 )
-def test_a_mistake_in_a_file_is_told_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+def test_a_mistake_in_a_file_is_reported_with_its_place(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "definition.py"
     path.write_text(text)
     with pytest.raises(DefinitionError, match=message):
@@ -467,9 +467,12 @@ def test_a_model_of_another_view_is_refused(tmp_path: Path) -> None:
         GOOD
         + """
 from schemas import Label, Model, TimeSplit
-other = FeatureView("w", spine=view.spine, key="a", features=[Derived(x=pl.col("a"))])
+other = FeatureView("v", spine=view.spine, key="a", features=[Derived(x=pl.col("a") * 7)])
 model = Model(other, Label(view.spine, on="a", value=pl.col("a"), within="1d"), TimeSplit("1d", "1d"))
 """
     )
-    with pytest.raises(DefinitionError, match="reads the view of the same file"):
+    with pytest.raises(
+        DefinitionError,
+        match=r"One name is one view. Got 'v' at .*definition.py, line \d+ and, with other content, at .*line \d+",
+    ):
         load_definition(str(path))

@@ -1,4 +1,4 @@
-"""Which expressions are row-local, and that the answer of one that passes is the same alone and in company."""
+"""Which expressions are row-local, and that an accepted one has the same value alone and among other rows."""
 
 from __future__ import annotations
 

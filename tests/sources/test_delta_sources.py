@@ -14,7 +14,7 @@ from schemas import Source
 from schemas.errors import ContractError
 from schemas.sources import TIME
 from tests.support import market
-from tests.support.features_runs import answers, dead_letters, run, same
+from tests.support.features_runs import dead_letters, feature_rows, run, same
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import survey_source
 from transforms.sources.reader import _pieces, read_raw, read_slices, stream_slices
@@ -55,10 +55,13 @@ def test_a_partitioned_delta_source_is_read_as_its_rows_in_files(
     (tmp_path / "tables").mkdir()
     as_delta(tmp_path / "tables", frames, partition)
     run(tmp_path / "tables", "--max_dead_fraction", "1")
-    same(answers(tmp_path / "tables"), answers(tmp_path / "files"))
-    told, expected = (dead_letters(tmp_path / where).drop("file", "row", "date") for where in ("tables", "files"))
-    order = told.columns
-    same(told.filter(pl.col("source") != "shops").sort(order), expected.filter(pl.col("source") != "shops").sort(order))
+    same(feature_rows(tmp_path / "tables"), feature_rows(tmp_path / "files"))
+    reported, expected = (dead_letters(tmp_path / where).drop("file", "row", "date") for where in ("tables", "files"))
+    order = reported.columns
+    same(
+        reported.filter(pl.col("source") != "shops").sort(order),
+        expected.filter(pl.col("source") != "shops").sort(order),
+    )
 
 
 def test_any_reader_of_a_source_gets_its_partition_columns(tmp_path: Path) -> None:
@@ -153,7 +156,7 @@ def test_rows_that_their_owner_rewrites_make_the_dates_they_reach_stale_and_no_o
     figures = run(tmp_path)
     assert (figures["first"], figures["last"], figures["dates"]) == ("2024-03-02", "2024-03-04", 3)
     run(market.write(tmp_path / "fresh", {**frames, "sales": restated.drop("date")}))
-    same(answers(tmp_path), answers(tmp_path / "fresh"))
+    same(feature_rows(tmp_path), feature_rows(tmp_path / "fresh"))
     (last, *_) = commits(str(next((tmp_path / "features").glob("*/*"))))
     assert last["version"] == 1
 
@@ -243,4 +246,4 @@ def test_a_run_over_a_table_whose_columns_were_added_later_is_verified(tmp_path:
     figures = run(tmp_path, "--verify", "30", "--verify_share", "1")
     assert "verified" in figures
     run(market.write(tmp_path / "fresh", frames))
-    same(answers(tmp_path), answers(tmp_path / "fresh"))
+    same(feature_rows(tmp_path), feature_rows(tmp_path / "fresh"))

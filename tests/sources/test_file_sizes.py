@@ -1,4 +1,5 @@
-"""Sources in very many small files, and in one large one: the same answers, in time and memory that follow the rows."""
+"""Sources in very many small files, and in one large one: the same feature rows, in time and memory that depend on the
+rows."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from polars.testing import assert_frame_equal
 from schemas.errors import ContractError
 from schemas.sources import Source
 from tests.support import market
-from tests.support.features_runs import answers, run, same
+from tests.support.features_runs import feature_rows, run, same
 from tests.support.tables import figures_of
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import Contract
@@ -64,7 +65,7 @@ def test_five_hundred_files_give_what_one_gives(tmp_path: Path) -> None:
     frames = market.spoiled(market.sources(400))
     run(market.write(tmp_path / "one", frames, group=10_000))
     run(scattered(tmp_path / "many", frames, 500))
-    same(answers(tmp_path / "many"), answers(tmp_path / "one"))
+    same(feature_rows(tmp_path / "many"), feature_rows(tmp_path / "one"))
 
 
 TIMES = [pa.timestamp("ms", "UTC"), pa.timestamp("us", "UTC"), pa.timestamp("ns", "America/New_York")]
@@ -150,7 +151,7 @@ def test_ten_thousand_files_take_seconds_and_no_memory_of_their_own(tmp_path: Pa
         if name == "one":
             baseline = first
     print(baseline, first, again)
-    same(answers(tmp_path / "many"), answers(tmp_path / "one"))
+    same(feature_rows(tmp_path / "many"), feature_rows(tmp_path / "one"))
     assert first["cpu"] < baseline["cpu"] + 60
     assert again["cpu"] < 30
     assert first["mb"] < baseline["mb"] + 300

@@ -13,8 +13,9 @@ from deltalake import write_deltalake
 
 from schemas import Source
 from schemas.errors import ContractError, DataError, MillraceError
+from tests.support.slices import slices_of
 from transforms.sources.contracts import Contract
-from transforms.sources.inventory import slices_of, source_files, survey_source
+from transforms.sources.inventory import source_files, survey_source
 from transforms.sources.listing import list_files
 
 source = Source("sales", columns={"id": pl.Int64})
@@ -133,12 +134,12 @@ def test_hidden_entries_are_named_once_and_markers_are_not(folder: Path, caplog:
     put(folder / "_year=2024" / "c.parquet", 3)
     with caplog.at_level(logging.WARNING, "millrace"):
         assert names(folder) == names(folder) == ["_year=2024/c.parquet", "a.parquet"]
-    (said,) = (record.getMessage() for record in caplog.records)
-    assert "source sales: passed over" in said
-    assert f"{folder}/.part-1.parquet" in said
-    assert f"{folder}/_2024" in said
-    assert "_SUCCESS" not in said
-    assert "crc" not in said
+    (printed,) = (record.getMessage() for record in caplog.records)
+    assert "source sales: passed over" in printed
+    assert f"{folder}/.part-1.parquet" in printed
+    assert f"{folder}/_2024" in printed
+    assert "_SUCCESS" not in printed
+    assert "crc" not in printed
 
 
 @pytest.mark.parametrize(

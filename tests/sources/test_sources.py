@@ -1,5 +1,4 @@
-"""Contracts of files and rows: what is refused whole, what becomes a dead letter, and where the letter says the row
-was."""
+"""Contracts of files and rows: what is refused whole, what becomes a dead letter, and the position of the row in it."""
 
 import functools
 from datetime import UTC, date, datetime, timedelta
@@ -17,11 +16,11 @@ from polars.testing import assert_frame_equal
 
 from schemas import Source
 from schemas.errors import ContractError, DataError
+from tests.support.slices import slices_of
 from transforms.features.column_reuse import keep_rules
 from transforms.records.record_batches import batch
 from transforms.records.times import ALWAYS, EPOCH, MICROSECOND
-from transforms.sources.contracts import Contract, check_rows, type_holds
-from transforms.sources.inventory import slices_of
+from transforms.sources.contracts import YEARS, Contract, check_rows, type_holds
 from transforms.sources.reader import ReadOptions, _raw, read_slices, repeats_of, without_repeats
 from transforms.storage.delta_tables import CommitTarget, commit, write_files
 
@@ -98,7 +97,7 @@ def test_a_declared_column_that_is_there_twice_is_refused_with_its_file(tmp_path
 
 
 def test_a_column_that_is_not_declared_may_be_there_twice_or_differ_in_case(tmp_path: Path) -> None:
-    """Names are compared letter by letter."""
+    """Names are compared exactly."""
     table = rows({}).to_arrow()
     for name in ("more", "more", "V", "At"):
         table = table.append_column(name, pa.array(["x"]))
@@ -296,6 +295,33 @@ def test_columns_are_not_copied_past_a_text_that_breaks_its_rule(tmp_path: Path,
     assert keep_rules(contract, slices_of(str(tmp_path), contract), [])
 
 
+NEAR = [1, 10**3, 10**6, 10**9]
+EDGES = [0, 2**31, 2**53, 2**62, 2**63 - 1, *(YEARS[i] // each for i in (0, 1) for each in NEAR)]
+stamps = st.one_of(
+    st.integers(-(2**63) + 1, 2**63 - 1),
+    st.builds(lambda edge, step: edge + step, st.sampled_from(EDGES), st.integers(-2, 2)),
+).map(lambda value: max(min(value, 2**63 - 1), -(2**63) + 1))
+
+
+@given(
+    st.lists(stamps, min_size=1, max_size=20),
+    st.sampled_from(["s", "ms", "us", "ns"]),
+    st.sampled_from(["UTC", "+02:00", "Asia/Tokyo"]),
+)
+def test_a_time_of_any_unit_is_the_same_moment_or_a_dead_letter(stamps: list[int], unit: str, zone: str) -> None:
+    of = Source("sales", time="at", columns={"n": pl.Int64, "due": pl.Datetime("us", "UTC")})
+    times = pa.array(stamps, pa.int64()).cast(pa.timestamp(unit, zone))
+    known = pa.array([(T0 - EPOCH) // MICROSECOND] * len(stamps), pa.int64()).cast(pa.timestamp("us", "UTC"))
+    table = pa.table({"at": known, "n": pa.array(range(len(stamps)), pa.int64()), "due": times})
+    used = Contract(of, ("at", "n", "due"), now=NOW)
+    good, dead_letters = check_rows(used, used.cast(table, "x"))
+    factor = {"s": 10**6, "ms": 10**3, "us": 1}.get(unit)
+    exact = [each * factor if factor else each // 1000 for each in stamps]
+    expected = {n: each for n, each in enumerate(exact) if YEARS[0] <= each < YEARS[1]}
+    assert dict(zip(good["n"], good["due"].to_physical(), strict=True)) == expected
+    assert sorted(dead_letters["place"]) == sorted(set(range(len(stamps))) - expected.keys())
+
+
 def test_a_date_beyond_the_years_that_python_knows_is_a_dead_letter(tmp_path: Path) -> None:
     of = Source("sales", columns={"due": pl.Datetime("us", "UTC"), "day": pl.Date})
     times = [0, 253_402_300_800_000_000, 0, -62_135_596_800_000_000, 253_402_300_799_999_999, None]
@@ -435,7 +461,7 @@ def test_a_type_holds_what_fits_into_it_without_loss(declared: Any, found: pa.Da
     assert type_holds(dtype, found) is expected
 
 
-# Where a letter says its row was
+# The position of a row in its dead letter
 
 
 bad_row = st.sampled_from([{"k": None}, {"v": float("inf")}, {"at": None}, {"at": EPOCH}, {}, {}, {}])

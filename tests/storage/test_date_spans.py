@@ -237,7 +237,7 @@ def test_other_programs_read_it(uri: str) -> None:
 
 
 def test_a_table_of_many_columns_knows_its_dates(uri: str) -> None:
-    """Of a table of more than 32 columns, readers have bounds of the first 32 only, unless told otherwise."""
+    """Of a table of more than 32 columns, readers have bounds of the first 32 only, unless configured otherwise."""
     schema = pa.schema([*((f"c{i}", pa.int64()) for i in range(60)), ("date", pa.date32())])
 
     def wide(number: int) -> pa.RecordBatch:
@@ -356,8 +356,8 @@ def test_rows_are_erased_from_files_of_several_dates(uri: str) -> None:
     made = {file.date: commit_of(table, file)["run_id"] for file in data_files(table)}
     assert made == {day(0): "first", day(1): "second", day(2): "erase-1", day(25): "first"}
     assert dates_of(table) == (day(0), day(25)), "the log still tells between which dates a file lies"
-    told = [json.loads(line["add"]["stats"]) for line in log(uri) if "add" in line]
-    assert {name for each in told for name in each} <= {"numRecords", "minValues", "maxValues"}
+    reported = [json.loads(line["add"]["stats"]) for line in log(uri) if "add" in line]
+    assert {name for each in reported for name in each} <= {"numRecords", "minValues", "maxValues"}
     assert erase(uri, "erase-2", 0, day(2)) == 0
     with pytest.raises(ConflictError, match="2024-01-03 changed since version 0"):
         put(uri, rows({2: 5}), (day(2),), "third", 10, base=0)
@@ -382,14 +382,14 @@ def test_a_date_that_every_run_replaces_refuses_none(uri: str, first: date, know
     """Dead letters of rows without a time are dated 1970-01-01, in whatever file and span that date lies."""
     undated, days = date(1970, 1, 1), [first + timedelta(days=number) for number in range(4)]
 
-    def letters(*dates: date, seed: int) -> pa.RecordBatch:
+    def dead_letters(*dates: date, seed: int) -> pa.RecordBatch:
         made = [{"n": seed * 10 + i, "x": 0.0, "s": None, "date": each} for i, each in enumerate(dates)]
         return pa.RecordBatch.from_pylist(made, SCHEMA)
 
     def run(name: str, dates: tuple[date, ...] | None, seed: int, base: int | None) -> None:
         put(
             uri,
-            letters(undated, *(dates or days), seed=seed),
+            dead_letters(undated, *(dates or days), seed=seed),
             dates and (undated, *dates),
             name,
             10_000,

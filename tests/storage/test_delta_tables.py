@@ -229,7 +229,7 @@ def test_files_of_an_interval_come_in_order(uri: str) -> None:
     assert data_files(table, date(2021, 1, 1)) == []
 
 
-def test_a_file_is_read_with_the_columns_asked_for(uri: str) -> None:
+def test_a_file_is_read_with_the_requested_columns(uri: str) -> None:
     put(uri, rows(DAYS[0]), DAYS, "run-1")
     (file,) = data_files(open_table(uri))
     assert read_file(file, ["date", "n"]).to_pylist() == [{"date": DAYS[0], "n": 0}]

@@ -41,9 +41,9 @@ def same(left: pl.DataFrame, right: pl.DataFrame, *by: str) -> None:
 def test_the_archives_stay_small_and_each_is_explained() -> None:
     archives = sorted(ARCHIVES.glob("*.tar.gz"))
     assert sum(path.stat().st_size for path in ARCHIVES.iterdir()) < SIZE
-    told = (ARCHIVES / "README.md").read_text()
+    reported = (ARCHIVES / "README.md").read_text()
     for path in archives:
-        assert f"`{path.name.removesuffix('.tar.gz')}`" in told
+        assert f"`{path.name.removesuffix('.tar.gz')}`" in reported
     assert len(archives) == len(list(ARCHIVES.glob("*.json"))) == 6
 
 
@@ -172,21 +172,23 @@ def test_a_view_beside_wrapped_ones_keeps_fingerprint_and_table(tmp_path: Path) 
 
 
 def test_a_live_store_goes_on_from_its_tables(live: Stored) -> None:
-    """Every answer is the one that a job which was never stopped gave."""
-    stored = live.answers()
+    """Every feature row is that of a job which was never stopped."""
+    stored = live.feature_rows()
     assert len(stored) == live.expected["answers_stored"]
     whole = pl.read_parquet(live.folder / "answers_whole.parquet")
     live.go_on([*live.messages("before")[-3:], *live.messages("to_come")])
-    found = live.answers()
+    found = live.feature_rows()
     assert len(found) == live.expected["answers_whole"]
-    # A spine row that waits over a stop is judged late by the completeness at the restart: more of them are late, none
-    # less.
+    # Whether a spine row that is pending over a stop is late depends on the completeness at the restart: more are late,
+    # none less.
     late = pl.col("__late")
     assert whole.filter(late).join(found.filter(late), on="row_id", how="anti").is_empty()
     newly = found.filter(late).join(whole.filter(late), on="row_id", how="anti")
     assert newly.join(stored, on="row_id", how="semi").is_empty()
-    told = [name for name in whole.columns if name not in ("__answered", "__late")]  # later versions may say more
-    same(found.select(told), whole.select(told), "row_id")
+    reported = [
+        name for name in whole.columns if name not in ("__answered", "__late")
+    ]  # later versions may have more keys
+    same(found.select(reported), whole.select(reported), "row_id")
     kept = found.join(stored, on="row_id", how="semi").select(stored.columns)
     same(kept, stored, "row_id")
     checked = check_parity(live.view(), str(live.store))

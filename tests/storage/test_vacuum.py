@@ -204,10 +204,10 @@ def test_a_table_whose_log_is_lost_or_spoiled_loses_nothing(
     spoil(how, Path(uri, "_delta_log"))
     before = left(tmp_path)
     assert cli.main(["vacuum", "--store", str(tmp_path), "--older_than", "0s", "--force"]) == StoreError.exit_code
-    said = capsys.readouterr().err
-    assert said.count("millrace: ") == 1
-    assert uri in said
-    assert "Traceback" not in said
+    printed = capsys.readouterr().err
+    assert printed.count("millrace: ") == 1
+    assert uri in printed
+    assert "Traceback" not in printed
     assert left(tmp_path) == before
 
 

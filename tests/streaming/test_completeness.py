@@ -1,4 +1,4 @@
-"""The clock against its definition, over random histories of partitions."""
+"""Completeness against its definition, over random histories of partitions."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ steps = st.lists(
 
 
 class Slow:
-    """What the clock should say, from all that was ever told."""
+    """What completeness should be, from everything that was observed."""
 
     def __init__(self, lateness: int, idle: int | None) -> None:
         self.lateness, self.idle = lateness, idle
-        self.told: dict[int, list[tuple[int, int]]] = {}
+        self.reported: dict[int, list[tuple[int, int]]] = {}
 
     def step(self, what: str, partition: int, time: int, now: int) -> None:
-        known = self.told.setdefault(partition, [(ALWAYS, now)])
+        known = self.reported.setdefault(partition, [(ALWAYS, now)])
         if what != "expect":
             known.append((time - self.lateness if what == "observe" else time, now))
 
     def complete(self, now: int) -> int:
         waited = {
-            p: told
-            for p, told in self.told.items()
-            if self.idle is None or now - max(heard for _, heard in told) < self.idle
+            p: reported
+            for p, reported in self.reported.items()
+            if self.idle is None or now - max(heard for _, heard in reported) < self.idle
         }
-        if not self.told:
+        if not self.reported:
             return ALWAYS
-        return min((max(until for until, _ in told) for told in waited.values()), default=FOREVER)
+        return min((max(until for until, _ in reported) for reported in waited.values()), default=FOREVER)
 
 
 @given(steps, st.integers(0, 20), st.none() | st.integers(1, 60))
@@ -68,7 +68,7 @@ def test_complete_is_the_least_promise_of_those_waited_for(
 
 @given(steps, st.integers(0, 20))
 def test_what_was_promised_holds(steps: list[tuple[str, int, int, int]], lateness: int) -> None:
-    """Rows that keep their source's lateness never lie before what the clock called complete."""
+    """Rows that keep their source's lateness are never before a time that was complete."""
     completeness, now = Completeness({"s": CompletenessRule(lateness)}), 0
     greatest: dict[int, int] = {}
     for partition in range(3):
@@ -81,7 +81,7 @@ def test_what_was_promised_holds(steps: list[tuple[str, int, int, int]], latenes
 
 
 @given(steps, st.none() | st.integers(1, 60))
-def test_a_clock_survives_being_written_down(steps: list[tuple[str, int, int, int]], idle: int | None) -> None:
+def test_completeness_survives_being_stored(steps: list[tuple[str, int, int, int]], idle: int | None) -> None:
     completeness, now = Completeness({"s": CompletenessRule(5, idle)}), 0
     for what, partition, time, passed in steps:
         now += passed
@@ -114,6 +114,6 @@ def test_an_idle_partition_is_waited_for_as_long_as_declared() -> None:
     completeness.observe("s", 0, 110, 9)
     assert completeness.complete("s", 10) == 110
     assert completeness.complete("s", 19) == FOREVER
-    completeness.observe("s", 1, 50, 20)  # it speaks again, and holds the clock again
+    completeness.observe("s", 1, 50, 20)  # it sends again, and holds the watermark again
     assert completeness.complete("s", 20) == 50
     assert completeness.watermark("s", 20) >= 50

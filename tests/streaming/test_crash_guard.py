@@ -46,9 +46,9 @@ def decode_all(step: DecodeBundles, texts: list[str]) -> dict[str, list[Any]]:
         assert not list(step.process(Message("sales", 0, offset, 2**51, None, text.encode())))
     rows, dead = [], []
     for each in step.finish_bundle():
-        for micro in micro_batches_of(each.value):
-            rows += micro.rows["__offset"].to_list()
-            dead += micro.dead_letters.select("offset", "rule").rows()
+        for micro_batch in micro_batches_of(each.value):
+            rows += micro_batch.rows["__offset"].to_list()
+            dead += micro_batch.dead_letters.select("offset", "rule").rows()
     return {"rows": rows, "dead": dead}
 
 
@@ -58,7 +58,7 @@ def texts_with(*odd: str) -> list[str]:
 
 
 class Process:
-    """A worker that decodes the messages of one bundle and prints what came of them."""
+    """A worker that decodes the messages of one bundle and prints the result."""
 
     def __init__(self, folder: Path, texts: list[str], deadly: bool = True) -> None:
         hook = folder / "hook"

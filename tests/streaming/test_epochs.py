@@ -56,8 +56,8 @@ def test_a_job_that_was_left_running_commits_nothing_more(tmp_path: Path, seen: 
     for name in BEGIN:
         rows = rows_of(source_uri(sources_root(str(tmp_path / "live")), name))
         assert len(rows) == len(rows.unique(["__partition", "__offset", "__place"]))
-    answers = rows_of(features_live_uri(str(tmp_path / "live"), view.name, view.fingerprint))
-    assert answers["row_id"].n_unique() == len(answers) > 0
+    feature_rows = rows_of(features_live_uri(str(tmp_path / "live"), view.name, view.fingerprint))
+    assert feature_rows["row_id"].n_unique() == len(feature_rows) > 0
     checked = check_parity(view, str(tmp_path / "live"))
     assert (checked.differing, checked.unaccounted) == (0, 0)
 

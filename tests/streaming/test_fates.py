@@ -1,5 +1,5 @@
 """Which accepted rows count: the journal as rows come, recovery and parity from the rows alone, and a loop over all
-pairs of rows say the same, whatever the order of arrival, and across restarts that remember longer."""
+pairs of rows agree, whatever the order of arrival, and across restarts that remember longer."""
 
 from __future__ import annotations
 

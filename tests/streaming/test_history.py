@@ -1,4 +1,4 @@
-"""A live job that is handed its history answers as if it had always been there, whatever it is stopped by."""
+"""A live job with history computes what it would have computed if it had always run, however it is stopped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from beam_pipelines.commands import parity
 from beam_pipelines.runtime.errors import guard
 from schemas import FeatureView, Source, Trailing, load_definition
 from tests.support import histories, market
-from tests.support.features_runs import answers as batch_answers
+from tests.support.features_runs import feature_rows as batch_feature_rows
 from tests.support.features_runs import run as run_batch
 from tests.support.lifetime_case import definition, same
 from tests.support.live_fixtures import Live
@@ -48,7 +48,7 @@ from transforms.streaming.messages import Message, to_arrow
 from transforms.streaming.row_origin import cut_of
 
 
-def answers(store: Path, view: FeatureView) -> pl.DataFrame:
+def feature_rows(store: Path, view: FeatureView) -> pl.DataFrame:
     return read(features_live_uri(str(store), view.name, view.fingerprint)).sort("row_id")
 
 
@@ -70,7 +70,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     market.write(folder, market.spoiled(market.sources()))
     path = market.define(folder, market.DEFINITION if request.param == "bounded" else definition("all", "forever"))
     run_batch(folder)
-    return str(path), folder, batch_answers(folder)
+    return str(path), folder, batch_feature_rows(folder)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "delta"])
@@ -94,7 +94,7 @@ def test_a_replay_from_a_later_start_gives_the_batch_table_from_there(
         str(day),
     ]
     assert features_streaming.main([*argv, *flags, "--run_id", "r", "--chunk", "3h"]) == 0
-    found = answers(tmp_path / "live", view)
+    found = feature_rows(tmp_path / "live", view)
     columns = [name for name in view.output_schema.names if name != "date"]
     expected = batch.filter(pl.col("asked") >= market.at(day)).select(columns).sort("row_id")
     same(found.select(columns), expected)
@@ -112,13 +112,13 @@ def test_a_replay_from_a_later_start_gives_the_batch_table_from_there(
         assert history["__offset"].to_list() == list(range(len(history)))
         assert history[time].is_sorted()
         assert history[time].max() < market.at(day) <= rows.filter(pl.col("__partition") >= 0)[time].min()
-        told = last_commit_record(open_table(str(tmp_path / "live" / "sources" / name)), application_of(name))
-        (taken,) = told["beginnings"]["sources"][name]["taken"]
+        reported = last_commit_record(open_table(str(tmp_path / "live" / "sources" / name)), application_of(name))
+        (taken,) = reported["beginnings"]["sources"][name]["taken"]
         assert taken["version"].startswith("version 1" if kind == "delta" else "files ")
         assert taken["offsets"] == [0, len(history)]
 
 
-def test_a_source_without_history_is_refused_and_told_how_to_start(
+def test_a_source_without_history_is_refused_and_the_error_shows_how_to_start(
     case: tuple[str, Path, pl.DataFrame], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, folder, _ = case
@@ -126,14 +126,14 @@ def test_a_source_without_history_is_refused_and_told_how_to_start(
     shutil.rmtree(tmp_path / "sources" / "sales")
     argv = ["--streaming", "--definition", path, "--store", str(tmp_path / "live"), "--start", str(market.at(2).date())]
     assert guard(features_streaming.main)([*argv, "--sources", str(tmp_path / "sources")]) == 2
-    said = capsys.readouterr().err
-    assert "--sources" in said
-    assert "--without_history" in said
-    assert "'sales'" in said
+    printed = capsys.readouterr().err
+    assert "--sources" in printed
+    assert "--without_history" in printed
+    assert "'sales'" in printed
     assert not (tmp_path / "live").exists()  # the store is not this view's either
 
 
-def test_without_history_answers_are_marked_until_windows_have_filled(
+def test_without_history_feature_rows_are_marked_until_windows_have_filled(
     case: tuple[str, Path, pl.DataFrame], tmp_path: Path
 ) -> None:
     path, folder, batch = case
@@ -148,7 +148,7 @@ def test_without_history_answers_are_marked_until_windows_have_filled(
         "--without_history",
     ]
     assert features_streaming.main([*argv, *flags, "--run_id", "r"]) == 0
-    found = answers(tmp_path, view)
+    found = feature_rows(tmp_path, view)
     longest = max(view.reach(name) for name in view.events)
     filled = market.at(1 + longest / 86_400_000_000)
     ever = "all" in path or any(name.endswith("_all") for name in view.columns)
@@ -301,12 +301,12 @@ def test_a_job_with_history_is_batch_over_everything(seed: int, ever: bool, delt
             return Job(view, store, root, begin, dataclasses.replace(options, run_id=run_id))
 
         job = driven(random, make, delivered(random, parts))
-        asked = new["questions"].select("id", "t").unique()
-        if not len(asked):
+        spine_rows = new["questions"].select("id", "t").unique()
+        if not len(spine_rows):
             return
-        found = answers(store, view)
+        found = feature_rows(store, view)
         late = read_letters(store, view).filter(pl.col("rule").str.contains("no later than|one key"))
-        assert len(found) == len(asked) or len(late)
+        assert len(found) == len(spine_rows) or len(late)
         checked = check_parity(view, str(store))
         assert checked.differing == 0, {
             name: each.examples for name, each in checked.features.items() if each.differing
@@ -328,12 +328,12 @@ def test_a_job_with_history_is_batch_over_everything(seed: int, ever: bool, delt
         assert full.unexplained == 0, full
         if in_order:
             assert set(full.causes) <= {"repeat beyond memory"}, full
-            assert len(found) == len(asked)
+            assert len(found) == len(spine_rows)
         early = sum(
             int((times(name, sent[name]) < start).sum()) for name in ("events", "placed") if name in view.events
         )
-        said = read_letters(store, view).filter(pl.col("rule").str.contains("before_start"))
-        assert len(said) == early
+        printed = read_letters(store, view).filter(pl.col("rule").str.contains("before_start"))
+        assert len(printed) == early
         assert job.journal.next.keys() == begin.keys()
 
 
@@ -361,8 +361,8 @@ def rows_of(source: Source, rows: list[tuple[Any, ...]]) -> pl.DataFrame:
     ).select(list(source.schema))
 
 
-class Told:
-    """A job that is told rows by hand."""
+class HandFedJob:
+    """A job that gets rows by hand."""
 
     def __init__(self, view: FeatureView, folder: Path, run_id: str = "t", **more: Any) -> None:
         self.view, self.store = view, folder / "live"
@@ -375,9 +375,9 @@ class Told:
         self.job = Job(view, self.store, folder, begin, JobOptions(run_id, keep=handover.keep, start=start))
         self.next = {name: each.get(0, 0) for name, each in self.job.start.items()}
 
-    def __call__(self, asked: list[tuple[int, float]], **rows: list[tuple[Any, ...]]) -> None:
+    def __call__(self, spine_rows: list[tuple[int, float]], **rows: list[tuple[Any, ...]]) -> None:
         frames = {name: rows_of(self.view.events[name], some) for name, some in rows.items()}
-        spine = [{**dict.fromkeys(asks.schema), "id": i, "t": histories.at(t), "k": "a"} for i, t in asked]
+        spine = [{**dict.fromkeys(asks.schema), "id": i, "t": histories.at(t), "k": "a"} for i, t in spine_rows]
         frames["questions"] = pl.DataFrame(spine, schema=asks.schema, orient="row")
         messages = []
         for name, part in frames.items():
@@ -386,9 +386,9 @@ class Told:
                 self.next[name] += 1
         self.job.take(messages)
 
-    def answers(self, *columns: str) -> dict[int, tuple[Any, ...]]:
+    def feature_rows(self, *columns: str) -> dict[int, tuple[Any, ...]]:
         self.job.commit()
-        return {row[0]: row[1:] for row in answers(self.store, self.view).select("id", *columns).iter_rows()}
+        return {row[0]: row[1:] for row in feature_rows(self.store, self.view).select("id", *columns).iter_rows()}
 
 
 def test_rows_of_the_topic_from_before_the_start_of_both_kinds(tmp_path: Path) -> None:
@@ -399,43 +399,45 @@ def test_rows_of_the_topic_from_before_the_start_of_both_kinds(tmp_path: Path) -
             "once": rows_of(once, [(-60, 10), (-5, 20), (500, 99)]),
         },
     )
-    tell = Told(two(), tmp_path)
-    assert tell.beginnings.starts == {"reads": us(histories.at(0)), "once": us(histories.at(0))}
-    tell([(1, 1.0)], reads=[(-5, 2), (-4, 3), (2, 4)], once=[(-5, 20), (-4, 30), (2, 40)])
+    send = HandFedJob(two(), tmp_path)
+    assert send.beginnings.starts == {"reads": us(histories.at(0)), "once": us(histories.at(0))}
+    send([(1, 1.0)], reads=[(-5, 2), (-4, 3), (2, 4)], once=[(-5, 20), (-4, 30), (2, 40)])
     names = ("reads_by_k_v_sum_1h", "once_by_k_v_sum_1h", "__cold")
-    assert tell.answers(*names) == {1: (3.0, 60.0, False)}  # 20 is known, 30 is late and counts; 3 is history's to know
-    dead_letters = read_letters(tell.store, tell.view)
+    assert send.feature_rows(*names) == {
+        1: (3.0, 60.0, False)
+    }  # 20 is known, 30 is late and counts; 3 is history's to know
+    dead_letters = read_letters(send.store, send.view)
     assert dead_letters.select("source", "partition", "offset", "place").rows() == [
         ("reads", 0, 0, 0),
         ("reads", 0, 0, 1),
     ]
     assert dead_letters["rule"].str.contains("before_start").all()
     everything = {"reads": [(-60, 1), (-5, 2), (-4, 3), (2, 4)], "once": [(-60, 10), (-5, 20), (-4, 30), (2, 40)]}
-    lay(tmp_path / "all", {name: rows_of(tell.view.events[name], rows) for name, rows in everything.items()})
-    lay(tmp_path / "all", {"questions": read(str(tell.store / "sources" / "questions")).select(list(asks.schema))})
-    full = compare_with_full(tell.view, str(tell.store), BatchSide.of(tell.view, None, str(tmp_path / "all")))
+    lay(tmp_path / "all", {name: rows_of(send.view.events[name], rows) for name, rows in everything.items()})
+    lay(tmp_path / "all", {"questions": read(str(send.store / "sources" / "questions")).select(list(asks.schema))})
+    full = compare_with_full(send.view, str(send.store), BatchSide.of(send.view, None, str(tmp_path / "all")))
     assert {cause: each.values for cause, each in full.causes.items()} == {"before_start": 2}  # a sum and a count
-    assert tell.job.journal.counts["reads"]["before_start"] == 2
-    assert tell.job.journal.counts["once"]["repeated"] == 1
-    told = read(str(tell.store / "sources" / "reads"))
-    assert told.filter(pl.col("__partition") >= 0)["at"].min() == histories.at(2)
-    tell = Told(two(), tmp_path, run_id="again", start=None)  # S is the table's, whatever is said later
-    assert tell.beginnings.starts == {"reads": us(histories.at(0)), "once": us(histories.at(0))}
-    tell([(2, 3.0)], reads=[(-3, 7), (9, 1)], once=[(9, 1)])
-    assert tell.answers(*names)[2] == (7.0, 100.0, False)
-    assert len(read_letters(tell.store, tell.view)) == 3
-    assert check_parity(tell.view, str(tell.store)).differing == 0
-    cuts = set(answers(tell.store, tell.view)["__cut"])
+    assert send.job.journal.counts["reads"]["before_start"] == 2
+    assert send.job.journal.counts["once"]["repeated"] == 1
+    reported = read(str(send.store / "sources" / "reads"))
+    assert reported.filter(pl.col("__partition") >= 0)["at"].min() == histories.at(2)
+    send = HandFedJob(two(), tmp_path, run_id="again", start=None)  # S is the table's, whatever is said later
+    assert send.beginnings.starts == {"reads": us(histories.at(0)), "once": us(histories.at(0))}
+    send([(2, 3.0)], reads=[(-3, 7), (9, 1)], once=[(9, 1)])
+    assert send.feature_rows(*names)[2] == (7.0, 100.0, False)
+    assert len(read_letters(send.store, send.view)) == 3
+    assert check_parity(send.view, str(send.store)).differing == 0
+    cuts = set(feature_rows(send.store, send.view)["__cut"])
     assert all(cut_of(cut)["reads", -1] == cut_of(cut)["once", -1] == 2 for cut in cuts)
 
 
 def test_the_start_of_a_source_is_the_end_of_its_history_where_that_is_earlier(tmp_path: Path) -> None:
     lay(tmp_path / "in", {"reads": rows_of(reads, [(-60, 1), (-30, 2)]), "once": rows_of(once, [(-60, 1), (50, 2)])})
-    tell = Told(two(), tmp_path)
-    assert tell.beginnings.starts == {"reads": us(histories.at(-30)) + 1, "once": us(histories.at(0))}
-    tell([(1, 1.0)], reads=[(-30, 5), (-29, 6), (2, 1)], once=[(-20, 7), (2, 1)])
-    assert tell.answers("reads_by_k_v_sum_1h", "once_by_k_v_sum_1h") == {1: (9.0, 8.0)}
-    assert len(read_letters(tell.store, tell.view)) == 1
+    send = HandFedJob(two(), tmp_path)
+    assert send.beginnings.starts == {"reads": us(histories.at(-30)) + 1, "once": us(histories.at(0))}
+    send([(1, 1.0)], reads=[(-30, 5), (-29, 6), (2, 1)], once=[(-20, 7), (2, 1)])
+    assert send.feature_rows("reads_by_k_v_sum_1h", "once_by_k_v_sum_1h") == {1: (9.0, 8.0)}
+    assert len(read_letters(send.store, send.view)) == 1
 
 
 @pytest.mark.parametrize("further", ["3h", "all"])
@@ -445,90 +447,90 @@ def test_a_later_start_that_reaches_further_takes_the_older_rows_in(tmp_path: Pa
     hour = 3600
     history_rows = [(-9 * hour, 1), (-5 * hour, 2), (-1.9 * hour, 3), (-0.9 * hour, 4), (-60, 5)]
     lay(tmp_path / "in", {"reads": rows_of(reads, history_rows), "once": rows_of(once, history_rows)})
-    tell = Told(two(), tmp_path)
-    tell([(1, 1.0)], reads=[(2, 6)], once=[(-1.7 * hour, 7), (2, 6), (3, 2)])
-    assert tell.answers("reads_by_k_v_sum_1h", "once_by_k_v_sum_1h") == {1: (9.0, 9.0)}
+    send = HandFedJob(two(), tmp_path)
+    send([(1, 1.0)], reads=[(2, 6)], once=[(-1.7 * hour, 7), (2, 6), (3, 2)])
+    assert send.feature_rows("reads_by_k_v_sum_1h", "once_by_k_v_sum_1h") == {1: (9.0, 9.0)}
     before = {
-        name: read(str(tell.store / "sources" / name)).filter(pl.col("__partition") == -1) for name in ("reads", "once")
+        name: read(str(send.store / "sources" / name)).filter(pl.col("__partition") == -1) for name in ("reads", "once")
     }
     assert before["reads"]["v"].to_list() == [4, 5]
     view = two(("1h", further))
     with dying_at(2), pytest.raises(Killed):
-        Told(view, tmp_path, run_id="killed")
-    tell = Told(view, tmp_path, run_id="again")
-    tell([(2, 4.0)], reads=[(9, 1)], once=[(9, 8)])
+        HandFedJob(view, tmp_path, run_id="killed")
+    send = HandFedJob(view, tmp_path, run_id="again")
+    send([(2, 4.0)], reads=[(9, 1)], once=[(9, 8)])
     name = f"v_sum_{further}"
     total = {"3h": (3 + 4 + 5 + 6, 3 + 4 + 5 + 7 + 6), "all": (21, 1 + 2 + 3 + 4 + 5 + 7 + 6 + 2)}[further]
     # The topic's 2 is five hours after history's, and repeats are recognised for two hours.
-    found = tell.answers(f"reads_by_k_{name}", f"once_by_k_{name}", "__cold")
+    found = send.feature_rows(f"reads_by_k_{name}", f"once_by_k_{name}", "__cold")
     assert found[2] == (*map(float, total), False)
     later = 6.0 + (2.0 if further == "all" else 0.0)
-    assert found[1] == (total[0] - 6.0, total[1] - later, False)  # asked again of the other definition
+    assert found[1] == (total[0] - 6.0, total[1] - later, False)  # computed again for the other definition
     for source in ("reads", "once"):
-        rows = read(str(tell.store / "sources" / source))
+        rows = read(str(send.store / "sources" / source))
         mine = rows.filter(pl.col("__partition") == -1).sort("__offset")
         assert mine["__offset"].to_list() == list(range(len(mine)))
         assert mine.head(len(before[source])).equals(before[source].sort("__offset").select(mine.columns))
         assert not rows["v"].filter(rows["__partition"] == -1).is_duplicated().any()
-    assert check_parity(view, str(tell.store)).differing == 0
-    again = Told(view, tmp_path, run_id="third")  # nothing is left to take in
-    assert again.beginnings == tell.beginnings
+    assert check_parity(view, str(send.store)).differing == 0
+    again = HandFedJob(view, tmp_path, run_id="third")  # nothing is left to take in
+    assert again.beginnings == send.beginnings
 
 
 def test_one_of_several_rows_that_count_is_replaced_and_the_table_names_it(tmp_path: Path) -> None:
     """A job that remembers further finds rows of one `unique` value which an earlier job counted, since it remembered
     less."""
     lay(tmp_path / "in", {"reads": rows_of(reads, []), "once": rows_of(once, [(-3000, 8)])})
-    tell = Told(two("5s"), tmp_path)
+    send = HandFedJob(two("5s"), tmp_path)
     for at in (2, 200, 400):
-        tell([(at, at + 1.0)], reads=[(at, at)], once=[(at, 7), (at, 8), (at + 1, at)])
-    tell.answers()
+        send([(at, at + 1.0)], reads=[(at, at)], once=[(at, 7), (at, 8), (at + 1, at)])
+    send.feature_rows()
     view = two(("5s", "2h"))
-    tell = Told(view, tmp_path, run_id="again")
-    tell([(500, 451.0)], reads=[(452, 1)], once=[(450, 7), (450, 8), (452, 452)])  # repeats of both
-    tell([(501, 461.0)], reads=[(462, 1)], once=[(1, 7), (462, 462)])  # known earlier than all of them
-    tell.answers()
-    checked = check_parity(view, str(tell.store))
+    send = HandFedJob(view, tmp_path, run_id="again")
+    send([(500, 451.0)], reads=[(452, 1)], once=[(450, 7), (450, 8), (452, 452)])  # repeats of both
+    send([(501, 461.0)], reads=[(462, 1)], once=[(1, 7), (462, 462)])  # known earlier than all of them
+    send.feature_rows()
+    checked = check_parity(view, str(send.store))
     assert checked.feature_rows == 5
     assert checked.differing == 0, {name: each.examples for name, each in checked.features.items() if each.differing}
-    rows = read(str(tell.store / "sources" / "once"))
+    rows = read(str(send.store / "sources" / "once"))
     assert rows["__instead"].drop_nulls().n_unique() == 1
-    tell = Told(view, tmp_path, run_id="third")
-    tell([(502, 471.0)], reads=[(472, 1)], once=[(472, 472)])
-    tell.answers()
-    assert check_parity(view, str(tell.store)).differing == 0
+    send = HandFedJob(view, tmp_path, run_id="third")
+    send([(502, 471.0)], reads=[(472, 1)], once=[(472, 472)])
+    send.feature_rows()
+    assert check_parity(view, str(send.store)).differing == 0
 
 
 def test_a_history_that_ended_long_ago_leaves_nothing_to_wait_for(tmp_path: Path) -> None:
     """The topic has all that comes after it, however little of history a window reached at first."""
     hour = 3600
     lay(tmp_path / "in", {"reads": rows_of(reads, [(-9 * hour, 1)]), "once": rows_of(once, [(-60, 1)])})
-    tell = Told(two(), tmp_path)
-    tell([(1, 1.0)], reads=[(-7 * hour, 2), (2, 3)], once=[(2, 3)])
-    assert tell.answers("__cold") == {1: (False,)}
-    tell = Told(two("8h"), tmp_path, run_id="again")
-    tell([(2, 4.0)], reads=[(9, 1)], once=[(9, 9)])
-    assert tell.answers("reads_by_k_v_sum_8h", "__cold")[2] == (5.0, False)
+    send = HandFedJob(two(), tmp_path)
+    send([(1, 1.0)], reads=[(-7 * hour, 2), (2, 3)], once=[(2, 3)])
+    assert send.feature_rows("__cold") == {1: (False,)}
+    send = HandFedJob(two("8h"), tmp_path, run_id="again")
+    send([(2, 4.0)], reads=[(9, 1)], once=[(9, 9)])
+    assert send.feature_rows("reads_by_k_v_sum_8h", "__cold")[2] == (5.0, False)
 
 
 def test_history_without_rows_is_a_history(tmp_path: Path) -> None:
     lay(tmp_path / "in", {"reads": rows_of(reads, []), "once": rows_of(once, [])})
-    tell = Told(two(("1h", "all")), tmp_path, start=None)
-    tell([(1, 1.0)], reads=[(-50, 5), (2, 6)], once=[(-50, 7), (2, 1)])
-    assert tell.answers("reads_by_k_v_sum_all", "once_by_k_v_sum_all", "__cold") == {1: (5.0, 7.0, False)}
+    send = HandFedJob(two(("1h", "all")), tmp_path, start=None)
+    send([(1, 1.0)], reads=[(-50, 5), (2, 6)], once=[(-50, 7), (2, 1)])
+    assert send.feature_rows("reads_by_k_v_sum_all", "once_by_k_v_sum_all", "__cold") == {1: (5.0, 7.0, False)}
 
 
 def test_a_job_without_history_knows_when_its_windows_have_filled(tmp_path: Path) -> None:
     """From the later one of the partitions' first rows on nothing is missing."""
     (tmp_path / "in").mkdir()
-    tell = Told(two("10s"), tmp_path, start=None, without=True)
-    tell([(1, 1.0), (2, 100.0)], reads=[(0, 1)], once=[(3, 1)])
-    tell([(3, 112.0), (4, 113.0), (5, 114.0)], reads=[(120, 1)], once=[(120, 2)])
-    assert tell.answers("__cold") == {1: (True,), 2: (False,), 3: (False,), 4: (False,), 5: (False,)}
-    tell = Told(two("10s"), tmp_path, run_id="again", start=None, without=True)
-    tell([(6, 121.0)], reads=[(122, 1)], once=[(122, 3)])
-    assert tell.answers("__cold")[6] == (False,)
-    assert tell.beginnings.starts == {}
+    send = HandFedJob(two("10s"), tmp_path, start=None, without=True)
+    send([(1, 1.0), (2, 100.0)], reads=[(0, 1)], once=[(3, 1)])
+    send([(3, 112.0), (4, 113.0), (5, 114.0)], reads=[(120, 1)], once=[(120, 2)])
+    assert send.feature_rows("__cold") == {1: (True,), 2: (False,), 3: (False,), 4: (False,), 5: (False,)}
+    send = HandFedJob(two("10s"), tmp_path, run_id="again", start=None, without=True)
+    send([(6, 121.0)], reads=[(122, 1)], once=[(122, 3)])
+    assert send.feature_rows("__cold")[6] == (False,)
+    assert send.beginnings.starts == {}
 
 
 def test_history_is_read_a_few_days_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,8 +548,8 @@ def test_history_is_read_a_few_days_at_a_time(tmp_path: Path, monkeypatch: pytes
             yield piece
 
     monkeypatch.setattr(HistoryFiles, "pieces", watched)
-    tell = Told(two("all"), tmp_path)
-    kept = read(str(tell.store / "sources" / "reads")).sort("__offset")
+    send = HandFedJob(two("all"), tmp_path)
+    kept = read(str(send.store / "sources" / "reads")).sort("__offset")
     assert kept["at"].is_sorted()
     assert sorted(kept["v"].to_list()) == sorted(float(v) for _, v in rows if _ < 0)
     assert max(seen) <= 3 * 50  # of files in no order it is only known that they spread
@@ -555,32 +557,32 @@ def test_history_is_read_a_few_days_at_a_time(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_store_of_before_is_continued(tmp_path: Path) -> None:
-    """Its tables do not say where their rows begin: with the first one, and no answer has a mark."""
+    """Its tables do not record where their rows begin: with the first one, and no feature row has a mark."""
     lay(tmp_path / "in", {"reads": rows_of(reads, [(-60, 1), (-5, 2)]), "once": rows_of(once, [(-60, 10), (-5, 20)])})
     (tmp_path / "none").mkdir()
-    tell = Told(two(), tmp_path, start=None, without=True)
-    tell([(1, 1.0)], reads=[(0, 3), (2, 4)], once=[(0, 30), (2, 40)])
-    tell.answers()
-    for table in (tell.store / "sources").iterdir():
+    send = HandFedJob(two(), tmp_path, start=None, without=True)
+    send([(1, 1.0)], reads=[(0, 3), (2, 4)], once=[(0, 30), (2, 40)])
+    send.feature_rows()
+    for table in (send.store / "sources").iterdir():
         forget(table)
-    uri = features_live_uri(str(tell.store), "two", tell.view.fingerprint)
+    uri = features_live_uri(str(send.store), "two", send.view.fingerprint)
     forget(Path(uri), "__cold")
-    tell = Told(two(), tmp_path, run_id="again", start=None)
-    tell([(2, 3.0)], reads=[(9, 1)], once=[(9, 1)])
+    send = HandFedJob(two(), tmp_path, run_id="again", start=None)
+    send([(2, 3.0)], reads=[(9, 1)], once=[(9, 1)])
     names = ("reads_by_k_v_sum_1h", "once_by_k_v_sum_1h", "__cold")
-    assert tell.answers(*names) == {1: (3.0, 30.0, None), 2: (10.0, 100.0, False)}
-    assert check_parity(tell.view, str(tell.store)).differing == 0
+    assert send.feature_rows(*names) == {1: (3.0, 30.0, None), 2: (10.0, 100.0, False)}
+    assert check_parity(send.view, str(send.store)).differing == 0
 
 
 def forget(table: Path, column: str | None = None) -> None:
-    """Make a table what the Millrace before history would have written."""
+    """Makes a table what Millrace would have written before it had history."""
     (log,) = (table / "_delta_log").glob("*.json")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     for line in lines:
         if "commitInfo" in line:
-            told = json.loads(line["commitInfo"]["millrace_live"])
+            reported = json.loads(line["commitInfo"]["millrace_live"])
             line["commitInfo"]["millrace_live"] = json.dumps(
-                {k: v for k, v in told.items() if k not in ("beginnings", "started")}
+                {k: v for k, v in reported.items() if k not in ("beginnings", "started")}
             )
         if column and "metaData" in line:
             schema = json.loads(line["metaData"]["schemaString"])
@@ -595,7 +597,7 @@ def forget(table: Path, column: str | None = None) -> None:
 @pytest.mark.live
 @pytest.mark.timeout(280)
 def test_history_through_a_broker_with_a_kill(live: Live, tmp_path: Path) -> None:
-    """Files of three days and a topic with all six: every answer from then on is batch's; the job is killed on the
+    """Files of three days and a topic with all six: every feature row from then on is batch's; the job is killed on the
     way."""
     stage = Stage(live, tmp_path)
     frames = {name: rows for name, rows in market.sources().items() if name != "shops"}
@@ -603,21 +605,21 @@ def test_history_through_a_broker_with_a_kill(live: Live, tmp_path: Path) -> Non
     start = market.at(3)
     market.write(tmp_path, {name: rows.filter(pl.col(times[name]) < start) for name, rows in frames.items()})
     stage.beginning = ["--start", str(start.date())]
-    asked = frames["visits"].filter(pl.col("asked") >= start)
-    sent = slots({**frames, "visits": asked})
+    spine_rows = frames["visits"].filter(pl.col("asked") >= start)
+    sent = slots({**frames, "visits": spine_rows})
     half = len(sent) // 2
     with stage.job("one") as first:
-        stage.tell(sent[:half])
+        stage.send_slots(sent[:half])
         await_(lambda: sum(stage.status("one").get("counts", {}).get("sales", {}).values()) > 0, 100, first)
         first.signal(signal.SIGKILL)
         first.wait(30)
     with stage.job("two") as second:
-        stage.tell(sent[half:])
+        stage.send_slots(sent[half:])
         stage.beat(FOREVER)
         stage.flush()
         end(second)
-    found = stage.answers()
-    assert len(found) == len(asked)
+    found = stage.feature_rows()
+    assert len(found) == len(spine_rows)
     assert not found["__cold"].any()
     history = {name: stage.kept(name).filter(pl.col("__partition") == -1) for name in stage.view.events}
     for name, rows in history.items():
@@ -634,7 +636,7 @@ def test_history_through_a_broker_with_a_kill(live: Live, tmp_path: Path) -> Non
     full = compare_with_full(
         stage.view, str(stage.store), BatchSide.of(stage.view, None, str(tmp_path / "all" / "sources"))
     )
-    assert full.feature_rows == len(asked)
+    assert full.feature_rows == len(spine_rows)
     assert (full.differing, full.unexplained) == (0, 0), full
     assert stage.figures("two")["questions_unaccounted_for"] == 0
 

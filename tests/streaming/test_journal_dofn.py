@@ -1,4 +1,4 @@
-"""The journal's step by hand: what it says when a job starts again from its tables."""
+"""The journal's step by hand: what it reports when a job starts again from its tables."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from transforms.streaming.recovery import find_recovery_point
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_a_job_that_had_ended_says_so_when_it_starts_again_and_another_waits(tmp_path: Path, ended: bool) -> None:
-    """Killed between its last commit and its last word, it has nothing left to read that could wake it."""
+def test_a_job_that_had_ended_reports_it_when_it_starts_again_and_another_waits(tmp_path: Path, ended: bool) -> None:
+    """Killed between its last commit and its last report, it has nothing left to read that could wake it."""
     chunks = stream(Random(5), 3)  # rows of every source
     run(tmp_path, chunks if ended else chunks[:-1], {len(chunks) - 1}, {})
     begin = {name: {0: 0, 1: 0} for name in SOURCES}
@@ -30,10 +30,12 @@ def test_a_job_that_had_ended_says_so_when_it_starts_again_and_another_waits(tmp
     head, bag, wake, *slots = (Cell() for _ in range(11))
     first = pack({"kind": "start", "index": None, "start": start.to_json()})
     list(step.process((SINGLE_KEY, first), head, bag, wake, *slots))
-    said = [head_of(each.value[1]) for each in step.woken(SINGLE_KEY, head, bag, wake, *slots) if each.tag == "entries"]
-    assert any(each.get("last") for each in said) == ended
+    printed = [
+        head_of(each.value[1]) for each in step.woken(SINGLE_KEY, head, bag, wake, *slots) if each.tag == "entries"
+    ]
+    assert any(each.get("last") for each in printed) == ended
     if ended:
-        assert said[-1]["turn"] > start.turn
+        assert printed[-1]["turn"] > start.turn
     again = [
         head_of(each.value[1]) for each in step.woken(SINGLE_KEY, head, bag, wake, *slots) if each.tag == "entries"
     ]

@@ -1,4 +1,4 @@
-"""Messages in and out: three formats, one contract, and a letter with its place for whatever breaks it."""
+"""Messages in and out: three formats, one contract, and a dead letter with its position for whatever breaks it."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_avro_containers_are_read() -> None:
         (to_arrow(frame({}).with_columns(pl.col("price").cast(pl.String))), "'price' is Float64"),
     ],
 )
-def test_a_malformed_message_becomes_a_letter_and_spoils_no_other(value: bytes, reason: str) -> None:
+def test_a_malformed_message_becomes_a_dead_letter_and_spoils_no_other(value: bytes, reason: str) -> None:
     good = [message(line, offset) for offset, line in enumerate(to_json(frame({}, {"id": 2})))]
     found = decode(sales, [good[0], message(value, 7, key=b"k"), good[1]._replace(offset=8)])
     assert found.rows["id"].to_list() == [1, 2]
@@ -176,7 +176,7 @@ def test_a_malformed_message_becomes_a_letter_and_spoils_no_other(value: bytes, 
     assert reason.lower() in dead_letter["rule"].lower()
 
 
-def test_bad_rows_of_a_good_message_become_letters_with_their_place() -> None:
+def test_bad_rows_of_a_good_message_become_dead_letters_with_their_position() -> None:
     rows = frame(
         {}, {"id": None}, {"price": float("inf")}, {"sold": None}, {"sold": datetime(1970, 1, 1, tzinfo=UTC)}, {"id": 6}
     )
@@ -217,7 +217,7 @@ def test_a_stamp_further_ahead_than_declared_is_set_aside() -> None:
         {"sold": NOW - timedelta(days=365 * 15)},
     )
     found = decode(sales, [message(to_arrow(rows))])
-    assert len(found.rows) == 2  # from 2009 it may be: that stops no clock, since clocks do not turn back
+    assert len(found.rows) == 2  # from 2009 it may be: that does not stop the watermark, which never goes back
     assert found.dead_letters["place"].to_list() == [1, 2]
     assert "at most 1h ahead" in found.dead_letters["rule"][0]
 
@@ -270,7 +270,7 @@ def test_partitions_read_in_one_go_are_those_read_one_by_one(sent: list[tuple[in
         assert micro_batch.dead_letters.equals(held.dead_letters)
 
 
-def test_a_bundle_of_many_messages_becomes_packets_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_of_many_messages_becomes_envelopes_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = to_arrow(frame({}, {"id": 2}))
     monkeypatch.setattr("transforms.streaming.live_features.ENVELOPE_BYTES", 2 * len(rows))
     spine = Source("asks", time="t", columns={"id": pl.Int64})
@@ -291,7 +291,7 @@ def test_a_bundle_of_many_messages_becomes_packets_of_bounded_size(monkeypatch: 
     ]
 
 
-def test_answers_travel_as_arrow_with_their_row_ids() -> None:
+def test_feature_rows_are_sent_as_arrow_with_their_row_ids() -> None:
     spine = Source("asks", time="t", columns={"id": pl.Int64})
     view = FeatureView(
         "v", spine, key="id", features=[Trailing(sales, by={"id": "id"}, over="1h", stats={"price": "sum"})]
@@ -308,7 +308,7 @@ def test_answers_travel_as_arrow_with_their_row_ids() -> None:
     assert pa.Table.from_batches([from_arrow(value) for _, value in pairs])["row_id"].to_pylist() == list(range(2500))
 
 
-def test_letters_travel_as_json() -> None:
+def test_dead_letters_are_sent_as_json() -> None:
     dead_letters = decode(sales, [message(b"oops", 5)]).dead_letters
     ((key, value),) = dead_letter_messages(dead_letters)
     assert key == b"sales/0/5/-1"

@@ -144,10 +144,10 @@ def test_the_flag_reaches_all_clients(tmp_path: Path) -> None:
     arguments = StreamingArguments("p", "d", "s", "r", [])
     flags = ["--definition", str(definition), "--store", str(tmp_path), "--source", "kafka", "--bootstrap", "h:1"]
     options, _ = arguments.parse_streaming([*flags, "--kafka_properties", str(path)])
-    assert options.broker is not None
-    assert options.broker.config == {
+    assert options.job.broker is not None
+    assert options.job.broker.config == {
         "security.protocol": "SSL",
         "ssl.ca.location": "/ca.pem",
         "bootstrap.servers": "h:1",
     }
-    assert options.broker.java_config["ssl.truststore.location"] == "/ca.pem"
+    assert options.job.broker.java_config["ssl.truststore.location"] == "/ca.pem"

@@ -1,4 +1,5 @@
-"""Live answers against the slow and obvious one: random arrival, ties, late rows, repeats, and stops at any moment."""
+"""Live feature rows against the slow and obvious ones: random arrival, ties, late rows, repeats, and stops at any
+moment."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ numbered = Source("numbered", columns={"n": pl.Int32, "g": pl.Int32})
 # Shrinking what depends on a seed leads nowhere; the seed itself is small enough.
 @settings(max_examples=15, phases=(Phase.explicit, Phase.generate))
 @given(seed=st.integers(0, 2**32))
-def test_every_answer_is_batch_over_what_it_could_see(seed: int) -> None:
+def test_every_feature_row_is_batch_over_what_it_could_see(seed: int) -> None:
     random = Random(seed)
     chunks = stream(random)
     commits = {random.randrange(len(chunks)) for _ in range(random.randrange(4))}
@@ -158,24 +159,24 @@ def test_a_key_derived_from_the_spine_is_routed() -> None:
     assert group.spine_columns == ("near",)
 
 
-def test_state_holds_what_windows_lateness_and_keep_reach_and_is_told(tmp_path: Path) -> None:
+def test_state_holds_what_windows_lateness_and_keep_reach_and_is_reported(tmp_path: Path) -> None:
     reads = Source("reads", time="at", lateness="5s", columns={"k": pl.String, "v": pl.Float64})
     minute = FeatureView("m", spine_rows, key="id", features=[Trailing(reads, by="k", over="1m", stats={"v": "mean"})])
     job = Job(minute, tmp_path, tmp_path, {"reads": {0: 0}, "questions": {0: 0}}, JobOptions(keep=10_000_000))
     held = []
-    for number in range(100):  # ten rows a second for a thousand seconds, a question in each
+    for number in range(100):  # ten rows a second for a thousand seconds, a spine row in each
         seconds = range(10 * number, 10 * number + 10)
         rows = {"at": [histories.at(second, 1000 * i) for second in seconds for i in range(10)]}
-        told = pl.DataFrame({**rows, "k": ["a", "b"] * 50, "v": [1.0] * 100}, schema=reads.schema)
-        asked = [
+        reported = pl.DataFrame({**rows, "k": ["a", "b"] * 50, "v": [1.0] * 100}, schema=reads.schema)
+        rows_of_spine = [
             {**dict.fromkeys(spine_rows.schema), "id": second, "t": histories.at(second), "k": "a"}
             for second in seconds
         ]
-        spine = pl.DataFrame(asked, schema=spine_rows.schema, orient="row")
+        spine = pl.DataFrame(rows_of_spine, schema=spine_rows.schema, orient="row")
         job.take(
             [
                 Message(name, 0, number, 2**51, None, to_arrow(each))
-                for name, each in (("reads", told), ("questions", spine))
+                for name, each in (("reads", reported), ("questions", spine))
             ]
         )
         if number % 5 == 4:
@@ -183,7 +184,7 @@ def test_state_holds_what_windows_lateness_and_keep_reach_and_is_told(tmp_path: 
             held.append((state["shards"]["rows"], state["journal"]["rows"]))
             assert state["shards"]["bytes"] > 16 * state["shards"]["rows"]
     shards, journal = (max(each) for each in zip(*held, strict=True))
-    # A minute of windows, one of a pane, keep, lateness of both sources and what came at once.
+    # A minute of windows, one of a time bucket, keep, lateness of both sources and rows that arrived at once.
     assert 600 <= shards <= 10 * (60 + 60 + 10 + 5 + 1 + 10)
     assert max(held[:10])[0] == shards
     assert journal <= 2 * (60 + 10 + 5 + 1 + 10 + 10)

@@ -62,12 +62,12 @@ def spoil(stage: Stage, moment: int) -> None:
                 strange = strange.with_columns(sale=pl.int_range(pl.len()) + far.year * 1000)
             if name == "stock":
                 strange = strange.with_columns(seen=pl.lit(far, pl.Datetime("us", "UTC")))
-            # A producer whose clock is a year ahead says so twice: in the rows and in the record.
+            # A producer whose clock is a year ahead: in the rows and in the record.
             stage.send_frame(name, 0, strange, int(far.timestamp() * 1e6) if far == next_year else moment)
         stage.beat_badly(name, 0, b"soon", moment)
         stage.beat_badly(name, 0, b"9" * 5000, moment)
         stage.beat_badly(name, 0, str(int(next_year.timestamp() * 1e6)).encode(), moment)
-        if name == "visits":  # a question of now: an old one would rightly be late
+        if name == "visits":  # a spine row of now: an old one would rightly be late
             now = pl.from_epoch(pl.lit(moment - 1_000_000), "us").dt.replace_time_zone("UTC")
             frame = frame.with_columns(now.alias(time_column), visit=pl.int_range(pl.len()) + 900_000)
         good = to_json(frame)
@@ -75,7 +75,7 @@ def spoil(stage: Stage, moment: int) -> None:
 
 
 def limit(stage: Stage, most: int) -> None:
-    """What a message to the topic of answers may weigh."""
+    """The greatest size of a message to the topic of feature rows."""
     entry = ConfigEntry("max.message.bytes", str(most), incremental_operation=AlterConfigOpType.SET)
     resource = ConfigResource(ResourceType.TOPIC, stage.outputs[0], incremental_configs=[entry])
     admin = stage.live.broker.admin()
@@ -85,46 +85,46 @@ def limit(stage: Stage, most: int) -> None:
 
 def test_bad_input_an_idle_partition_and_a_full_topic_in_one_replay(live: Live, tmp_path: Path) -> None:
     stage = Stage(live, tmp_path, definition=IDLE, config={"max.message.bytes": "1200"})
-    told = slots(history())
-    third = len(told) // 3
-    speaking = range(3)  # the fourth says nothing before the end
+    to_send = slots(history())
+    third = len(to_send) // 3
+    speaking = range(3)  # the fourth sends nothing before the end
 
     def heard(slot: int, happened: Callable[[], Any]) -> Callable[[], Any]:
-        """Whether it happened, as the others speak on: when all are silent nothing moves the clock."""
+        """Whether it happened, as the others speak on: when all are silent nothing moves the watermark."""
 
         def look() -> Any:
-            stage.beat(told[slot].end, partitions=speaking)
+            stage.beat(to_send[slot].end, partitions=speaking)
             stage.flush()
             time.sleep(0.4)
             return happened()
 
         return look
 
-    with stage.job("full") as job:  # no answer fits
-        stage.tell(told[:third], partitions=speaking)
+    with stage.job("full") as job:  # no feature row fits
+        stage.send_slots(to_send[:third], partitions=speaking)
         assert job.wait(120) == 4, job.output()
-        said = job.output()
-    assert "The broker accepts the messages of a job" in said
-    assert "max.message.bytes" in said
-    assert "no message is lost" in said
-    assert "Traceback" not in said, said
-    assert not len(stage.answers())
+        printed = job.output()
+    assert "The broker accepts the messages of a job" in printed
+    assert "max.message.bytes" in printed
+    assert "no message is lost" in printed
+    assert "Traceback" not in printed, printed
+    assert not len(stage.feature_rows())
     limit(stage, 16_000)  # a few do: messages are made smaller
     with stage.job("goes-on") as job:
-        await_(heard(third - 1, lambda: len(stage.answers()) > 10), 120, job)
-        spoil(stage, told[third].end)
-        stage.tell(told[third : 2 * third], partitions=speaking)
+        await_(heard(third - 1, lambda: len(stage.feature_rows()) > 10), 120, job)
+        spoil(stage, to_send[third].end)
+        stage.send_slots(to_send[third : 2 * third], partitions=speaking)
         before = commits(stage)
         await_(heard(2 * third - 1, lambda: commits(stage) > before), 120, job)
-        stage.tell(told[2 * third :], partitions=speaking)
-        known = len(stage.answers())
-        await_(heard(-1, lambda: len(stage.answers()) > known), 120, job)  # without a word of the idle one
+        stage.send_slots(to_send[2 * third :], partitions=speaking)
+        known = len(stage.feature_rows())
+        await_(heard(-1, lambda: len(stage.feature_rows()) > known), 120, job)  # without a word of the idle one
         stage.beat(FOREVER)
         stage.flush()
-        said = end(job)
-    assert "questions unaccounted for  0" in said
-    answers, dead_letters = stage.audit(), stage.dead_letters()
-    assert len(answers) > 110
+        printed = end(job)
+    assert "questions unaccounted for  0" in printed
+    feature_rows, dead_letters = stage.audit(), stage.dead_letters()
+    assert len(feature_rows) > 110
     for name in EVENTS:
         mine = dead_letters.filter(source=name)
         whole = mine.filter(pl.col("place") == -1)
@@ -132,15 +132,16 @@ def test_bad_input_an_idle_partition_and_a_full_topic_in_one_replay(live: Live, 
         assert mine.filter(pl.col("place") >= 0)["rule"].str.contains("declared column 'shop'").sum() == 1
         assert mine["rule"].str.contains("ahead of its arrival").sum() >= 3 + 1
         assert any(mine["rule"].str.contains(f"{market.TIMES[name]}")), mine["rule"].to_list()
-    # Neither 2009 nor next year has moved the clock: good questions are not late, and what is old is counted as such.
-    assert not answers.filter(pl.col("visit") < market.START.year * 1000)["__late"].any()
+    # Neither 2009 nor next year has moved the watermark: good spine rows are not late, and old ones are counted as
+    # such.
+    assert not feature_rows.filter(pl.col("visit") < market.START.year * 1000)["__late"].any()
     counts = stage.status("goes-on")["counts"]
     assert all(counts[name].get("late", 0) + counts[name].get("beyond", 0) >= 3 for name in ("sales", "stock")), counts
     assert stage.status("goes-on")["clock"]["visits"]["settled"] < datetime.now(UTC).timestamp() * 1e6
 
 
 def launched(stage: Stage, **changes: str) -> tuple[int, str, float]:
-    """Exit status, words and seconds of a job with other flags."""
+    """Exit status, output and seconds of a job with other flags."""
     began = time.monotonic()
     flags = [f"--{name}={value}" for name, value in changes.items()]
     with stage.job("refused", options=[*stage.live.options(), *flags]) as job:
@@ -163,9 +164,9 @@ def test_what_is_missing_is_named_at_once(
     live: Live, tmp_path: Path, changes: dict[str, str], words: Sequence[str]
 ) -> None:
     stage = Stage(live, tmp_path, partitions=1)
-    code, said, seconds = launched(stage, **changes)
-    assert code == 4, said
-    assert all(word in said for word in words), said
-    assert "Traceback" not in said
+    code, printed, seconds = launched(stage, **changes)
+    assert code == 4, printed
+    assert all(word in printed for word in words), printed
+    assert "Traceback" not in printed
     assert seconds < 90
     assert not (stage.store / "sources").exists()

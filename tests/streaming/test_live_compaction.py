@@ -55,16 +55,16 @@ def test_kills_and_restarts_on_a_compacted_store(seed: int) -> None:
 @pytest.mark.live
 @pytest.mark.timeout(280)
 def test_a_live_job_compacts_its_tables_while_it_runs_and_is_killed(live: Live, tmp_path: Path) -> None:
-    stage, told = Stage(live, tmp_path), slots(history(), hours=1)[:60]  # so that a date has many commits
+    stage, to_send = Stage(live, tmp_path), slots(history(), hours=1)[:60]  # so that a date has many commits
     stage.beginning.append("--compact_every=2s")
     with stage.job("one") as job:
-        for slot in told[:30]:
-            stage.tell([slot])
+        for slot in to_send[:30]:
+            stage.send_slots([slot])
             before = commits(stage)
             await_(lambda before=before: commits(stage) > before, 100, job)  # type: ignore[misc]
         job.kill()
     with stage.job("two") as job:
-        stage.tell(told[30:])
+        stage.send_slots(to_send[30:])
         stage.beat(FOREVER)
         stage.flush()
         end(job)

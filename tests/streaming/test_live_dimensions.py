@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from schemas.errors import ContractError, DataError
-from tests.support.live_dimensions_case import SHOPS, asked
+from tests.support.live_dimensions_case import SHOPS, computed_one
 from tests.support.live_turns import SOURCES, Killed, dying_after, read, run, stream, view
 from tests.support.turns import Job, JobOptions
 from transforms.records.times import FOREVER
@@ -80,7 +80,7 @@ def test_a_dimension_that_never_could_be_read_is_refused(tmp_path: Path, shops: 
         dimensions(tmp_path).refresh()
 
 
-def test_a_job_answers_on_while_its_dimension_is_broken(tmp_path: Path) -> None:
+def test_a_job_goes_on_while_its_dimension_is_broken(tmp_path: Path) -> None:
     """Through a kill too: the job that starts again finds the version that served."""
     chunks = stream(Random(5))
     half = len(chunks) // 2
@@ -95,12 +95,12 @@ def test_a_job_answers_on_while_its_dimension_is_broken(tmp_path: Path) -> None:
     for chunk in chunks[half:]:
         job.take([each._replace(offset=each.offset + 10**7) for each in chunk])
     job.commit()
-    answers = read(features_live_uri(str(tmp_path), view.name, view.fingerprint))
-    assert set(answers["__dimensions"]) == served
-    assert len(answers) > 3
+    feature_rows = read(features_live_uri(str(tmp_path), view.name, view.fingerprint))
+    assert set(feature_rows["__dimensions"]) == served
+    assert len(feature_rows) > 3
 
 
-def test_rows_of_a_dimension_that_break_its_contract_are_told_once_per_version(tmp_path: Path) -> None:
+def test_rows_of_a_dimension_that_break_its_contract_are_reported_once_per_version(tmp_path: Path) -> None:
     """However many jobs and workers read the version, and whatever is killed between."""
     good = SHOPS.cast({"size": view.dimensions["shops"].schema["size"]})
     endless = good[:1].with_columns(k=pl.lit("c"), rate=pl.lit(float("inf")))
@@ -112,9 +112,9 @@ def test_rows_of_a_dimension_that_break_its_contract_are_told_once_per_version(t
     path.parent.mkdir(parents=True)
     for number, kind in enumerate(["good", "bad", "bad", "better", "bad", "good"]):
         kinds[kind].write_parquet(path)
-        jobs = [asked(tmp_path, number, run_id) for run_id in ("a", "b")]
+        jobs = [computed_one(tmp_path, number, run_id) for run_id in ("a", "b")]
         version = jobs[0].assemblies[0].dimensions.versions["shops"]
-        with contextlib.suppress(Killed), dying_after(1 if number == 1 else 9):  # letters come before all else
+        with contextlib.suppress(Killed), dying_after(1 if number == 1 else 9):  # dead letters come before all else
             jobs[0].commit()
         jobs[1].commit()
         here = [endless_told, (3, *other_told)] if kind == "bad" else [(2, *other_told)] if kind == "better" else []
@@ -131,14 +131,14 @@ def test_rows_of_a_dimension_that_break_its_contract_are_told_once_per_version(t
     assert len(expected) == 3
 
 
-def test_letters_about_a_dimension_go_to_their_topic_with_the_answers(tmp_path: Path) -> None:
+def test_dead_letters_about_a_dimension_go_to_their_topic_with_the_feature_rows(tmp_path: Path) -> None:
     path = tmp_path / "in" / "shops" / "s.parquet"
     path.parent.mkdir(parents=True)
     good = SHOPS.cast({"size": view.dimensions["shops"].schema["size"]})
     pl.concat([good, good[:1].with_columns(rate=pl.lit(float("inf")))]).write_parquet(path)
-    job = asked(tmp_path, 1, "a")
-    (answers,) = job.ledger.features.values()
-    sent = list(Sends((view,), Broker("nowhere:1"), "p-", 900_000).feature_rows((b"", answers.to_envelope())))
+    job = computed_one(tmp_path, 1, "a")
+    (feature_rows,) = job.ledger.features.values()
+    sent = list(Sends((view,), Broker("nowhere:1"), "p-", 900_000).feature_rows((b"", feature_rows.to_envelope())))
     assert [topic for topic, _, _ in sent] == ["p-everything.features", "p-everything.dead_letters"]
     assert sent[1][1] == b"shops/-1/2/0"
     assert json.loads(sent[1][2])["rule"].startswith("a number is finite (s.parquet, version ")

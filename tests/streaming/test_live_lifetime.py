@@ -1,4 +1,4 @@
-"""Windows without a beginning, live: what has left the panes still counts, whatever the order of arrival, stops and
+"""Lifetime windows, live: what has left the time buckets still counts, whatever the order of arrival, stops and
 state."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from beam_pipelines import features_streaming
 from beam_pipelines.commands import parity
 from schemas import FeatureView, Latest, Source, Trailing, load_definition
 from tests.support import histories, market
-from tests.support.features_runs import answers as batch_answers
+from tests.support.features_runs import feature_rows as batch_feature_rows
 from tests.support.features_runs import run as run_batch
 from tests.support.lifetime_case import definition, same
 from tests.support.live_fixtures import Live
@@ -38,7 +38,7 @@ from transforms.streaming.mirrored_state import load_slots, save_slots
 from transforms.streaming.shards import Shard
 from transforms.streaming.time_buckets import SLOTS
 
-# No window bounds what is held back: an event is compacted as soon as no question can come before it.
+# No window bounds what is held back: an event is compacted as soon as no spine row can come before it.
 only = FeatureView(
     "only",
     spine_rows,
@@ -77,7 +77,7 @@ class Restored(Job):
 # Shrinking what depends on a seed leads nowhere; the seed itself is small enough.
 @settings(max_examples=15, phases=(Phase.explicit, Phase.generate))
 @given(seed=st.integers(0, 2**32))
-def test_every_answer_is_batch_over_all_history_that_it_could_see(seed: int) -> None:
+def test_every_feature_row_is_batch_over_all_history_that_it_could_see(seed: int) -> None:
     random = Random(seed)
     chunks = stream(random, 2, step=random.choice([1, 20, 60]))
     commits = {random.randrange(len(chunks)) for _ in range(random.randrange(4))}
@@ -100,7 +100,8 @@ def read(store: Path, view: FeatureView) -> pl.DataFrame:
 
 @pytest.mark.parametrize("flags", [("--chunk", "3h"), ("--chunk", "1d", "--shards", "3", "--partitions", "1")])
 def test_a_replay_gives_the_table_of_the_batch_pipeline(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    """Batch carries snapshots from day to day; live compacts, with questions of up to an hour late still open."""
+    """Batch carries snapshots from day to day; live compacts, while spine rows of up to an hour late are still
+    pending."""
     folder = market.write(tmp_path / "batch", market.spoiled(market.sources()))
     path = str(market.define(folder, definition("all", "forever")))
     for day in (2, 4, 6):
@@ -109,11 +110,11 @@ def test_a_replay_gives_the_table_of_the_batch_pipeline(tmp_path: Path, flags: t
     assert features_streaming.main([*argv, "--sources", str(folder / "sources"), *flags]) == 0
     view = load_definition(path).view
     columns = [name for name in view.output_schema.names if name != "date"]
-    same(read(tmp_path / "live", view).select(columns), batch_answers(folder).select(columns).sort("row_id"))
+    same(read(tmp_path / "live", view).select(columns), batch_feature_rows(folder).select(columns).sort("row_id"))
     assert parity.main(["--definition", path, "--store", str(tmp_path / "live"), "--run_id", "p"]) == 0
 
 
-def test_disorder_changes_answers_but_not_parity(tmp_path: Path) -> None:
+def test_disorder_changes_feature_rows_but_not_parity(tmp_path: Path) -> None:
     folder = market.write(tmp_path, market.spoiled(market.sources()))
     path = str(market.define(folder, definition("all", "forever")))
     argv = ["--definition", path, "--store", str(tmp_path / "live")]
@@ -148,8 +149,8 @@ once = FeatureView(
 )
 
 
-class Told:
-    """Rows told to a job, one message of each source at a time."""
+class HandFedJob:
+    """A job that gets rows by hand, one message of each source at a time."""
 
     def __init__(
         self, store: Path, keep: int = 10_000_000, shards: int = 2, run_id: str = "t", view: FeatureView = ever
@@ -158,13 +159,13 @@ class Told:
         self.job = Job(view, store, store, {"reads": {0: 0}, "questions": {0: 0}}, JobOptions(run_id, shards, keep))
         self.next = {name: each.get(0, 0) for name, each in self.job.start.items()}
 
-    def __call__(self, rows: list[tuple[Any, ...]], asked: list[tuple[int, float]]) -> None:
-        told = pl.DataFrame(
+    def __call__(self, rows: list[tuple[Any, ...]], pairs: list[tuple[int, float]]) -> None:
+        reported = pl.DataFrame(
             [{"at": histories.at(at), **dict(zip(self.source.columns, row, strict=True))} for at, *row in rows],
             schema=self.source.schema,
         )
-        spine = [{**dict.fromkeys(spine_rows.schema), "id": i, "t": histories.at(t), "k": "a"} for i, t in asked]
-        frames = {"reads": told, "questions": pl.DataFrame(spine, schema=spine_rows.schema, orient="row")}
+        spine = [{**dict.fromkeys(spine_rows.schema), "id": i, "t": histories.at(t), "k": "a"} for i, t in pairs]
+        frames = {"reads": reported, "questions": pl.DataFrame(spine, schema=spine_rows.schema, orient="row")}
         messages = []
         for name, frame in frames.items():
             if len(frame):
@@ -172,13 +173,13 @@ class Told:
                 self.next[name] += 1
         self.job.take(messages)
 
-    def answers(self) -> dict[int, dict[str, Any]]:
+    def feature_rows(self) -> dict[int, dict[str, Any]]:
         self.job.commit()
         found = read(Path(self.job.store), self.view)
         return {row["id"]: {name: row[name] for name in self.view.columns} for row in found.iter_rows(named=True)}
 
 
-def answer(total: float, least: float, first: float, last: float, rows: int) -> dict[str, Any]:
+def feature_row(total: float, least: float, first: float, last: float, rows: int) -> dict[str, Any]:
     return {
         "reads_by_k_v_sum_all": total,
         "reads_by_k_v_min_all": least,
@@ -189,53 +190,57 @@ def answer(total: float, least: float, first: float, last: float, rows: int) -> 
     }
 
 
-def test_an_event_that_is_years_late_counts_from_then_on_and_changes_no_answer(tmp_path: Path) -> None:
-    tell = Told(tmp_path)
-    tell([(0, "a", 1.0), (1, "b", 50.0), (2, "a", 2.0)], [(1, 3.0)])
-    tell([(1000, "a", 4.0)], [(2, 900.0), (3, 990.0)])
-    assert sum(len(each) for shard in tell.job.shards for each in shard.compacted.values())
-    tell([(-300_000_000, "a", 0.5), (1500, "a", 8.0)], [(4, 1400.0)])  # nine and a half years
-    tell([(3000, "b", 0.0)], [(5, 3000.0)])
-    tell([(3100, "b", 0.0)], [(6, 3050.0)])
-    assert tell.answers() == {
-        1: answer(3, 1, 1, 2, 2),
-        2: answer(3, 1, 1, 2, 2),
-        3: answer(3, 1, 1, 2, 2),
-        4: answer(7.5, 0.5, 0.5, 4, 4),
-        5: answer(15.5, 0.5, 0.5, 8, 5),
-        6: answer(15.5, 0.5, 0.5, 8, 5),
+def test_an_event_that_is_years_late_counts_from_then_on_and_changes_no_feature_row(tmp_path: Path) -> None:
+    send = HandFedJob(tmp_path)
+    send([(0, "a", 1.0), (1, "b", 50.0), (2, "a", 2.0)], [(1, 3.0)])
+    send([(1000, "a", 4.0)], [(2, 900.0), (3, 990.0)])
+    assert sum(len(each) for shard in send.job.shards for each in shard.compacted.values())
+    send([(-300_000_000, "a", 0.5), (1500, "a", 8.0)], [(4, 1400.0)])  # nine and a half years
+    send([(3000, "b", 0.0)], [(5, 3000.0)])
+    send([(3100, "b", 0.0)], [(6, 3050.0)])
+    assert send.feature_rows() == {
+        1: feature_row(3, 1, 1, 2, 2),
+        2: feature_row(3, 1, 1, 2, 2),
+        3: feature_row(3, 1, 1, 2, 2),
+        4: feature_row(7.5, 0.5, 0.5, 4, 4),
+        5: feature_row(15.5, 0.5, 0.5, 8, 5),
+        6: feature_row(15.5, 0.5, 0.5, 8, 5),
     }
-    assert tell.job.journal.counts["reads"] == {"messages": 5, "rows": 8, "late": 1}  # none is beyond
+    assert send.job.journal.counts["reads"] == {"messages": 5, "rows": 8, "late": 1}  # none is beyond
     found = check_parity(ever, str(tmp_path))
     assert (found.differing, found.changed_later) == (0, 3)
 
 
-def test_a_waiting_question_holds_back_what_came_to_be_known_after_it(tmp_path: Path) -> None:
-    """A question stays open until its source is complete, however far the spine is; what is later than it is no past of
-    its."""
-    tell = Told(tmp_path, keep=0)
-    tell([(0, "a", 1.0)], [(1, 100.0)])
-    tell([], [(2, 5000.0), (3, 9000.0)])
-    tell([(150, "a", 2.0)], [])
-    tell([(4000, "a", 3.0)], [])
-    tell([(9500, "a", 4.0)], [])
-    assert tell.answers() == {1: answer(1, 1, 1, 1, 1), 2: answer(6, 1, 1, 3, 3), 3: answer(6, 1, 1, 3, 3)}
+def test_a_pending_spine_row_holds_back_what_became_known_after_it(tmp_path: Path) -> None:
+    """A spine row stays pending until its source is complete, however far the spine is; later events are not in its
+    past."""
+    send = HandFedJob(tmp_path, keep=0)
+    send([(0, "a", 1.0)], [(1, 100.0)])
+    send([], [(2, 5000.0), (3, 9000.0)])
+    send([(150, "a", 2.0)], [])
+    send([(4000, "a", 3.0)], [])
+    send([(9500, "a", 4.0)], [])
+    assert send.feature_rows() == {
+        1: feature_row(1, 1, 1, 1, 1),
+        2: feature_row(6, 1, 1, 3, 3),
+        3: feature_row(6, 1, 1, 3, 3),
+    }
 
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_an_event_is_compacted_when_nothing_can_replace_it_any_more(tmp_path: Path, stopped: bool) -> None:
     """No window of ten minutes holds the first row any more when a repeat comes that was known before it."""
-    tell = Told(tmp_path, view=once)
-    tell([(0, "a", 0.5, 0)], [])
-    tell([(1000, "a", 5.0, 1)], [(1, 1001.0)])
-    tell([(1720, "a", 1.0, 2)], [(2, 1720.0)])
-    tell([(990, "b", 7.0, 1)], [])
-    tell([(2000, "a", 2.0, 3)], [(3, 1900.0)])
+    send = HandFedJob(tmp_path, view=once)
+    send([(0, "a", 0.5, 0)], [])
+    send([(1000, "a", 5.0, 1)], [(1, 1001.0)])
+    send([(1720, "a", 1.0, 2)], [(2, 1720.0)])
+    send([(990, "b", 7.0, 1)], [])
+    send([(2000, "a", 2.0, 3)], [(3, 1900.0)])
     if stopped:
-        tell.job.commit()
-        tell = Told(tmp_path, run_id="again", view=once)
-    tell([(9000, "a", 2.0, 4)], [(4, 5000.0)])
-    totals = {name: row["reads_by_k_v_sum_all"] for name, row in tell.answers().items()}
+        send.job.commit()
+        send = HandFedJob(tmp_path, run_id="again", view=once)
+    send([(9000, "a", 2.0, 4)], [(4, 5000.0)])
+    totals = {name: row["reads_by_k_v_sum_all"] for name, row in send.feature_rows().items()}
     assert totals == {1: 5.5, 2: 5.5, 3: 1.5, 4: 3.5}
     assert check_parity(once, str(tmp_path)).differing == 0
 
@@ -246,26 +251,26 @@ def test_a_row_that_a_much_older_repeat_replaced_does_not_come_back_with_a_resta
     bounded = FeatureView(
         "b", spine_rows, key="id", features=[Trailing(once_reads, by="k", over="10m", stats={"v": "sum"})]
     )
-    tell = Told(tmp_path, view=bounded)
-    tell([(5000, "a", 5.0, 1)], [(1, 5001.0)])
-    tell([(3900, "a", 7.0, 1)], [])
-    tell([(5530, "a", 1.0, 2)], [(2, 5530.0)])
-    tell.job.commit()
-    tell = Told(tmp_path, run_id="again", view=bounded)
-    tell([(9000, "a", 2.0, 4)], [(3, 5560.0)])
-    totals = {name: row["reads_by_k_v_sum_10m"] for name, row in tell.answers().items()}
+    send = HandFedJob(tmp_path, view=bounded)
+    send([(5000, "a", 5.0, 1)], [(1, 5001.0)])
+    send([(3900, "a", 7.0, 1)], [])
+    send([(5530, "a", 1.0, 2)], [(2, 5530.0)])
+    send.job.commit()
+    send = HandFedJob(tmp_path, run_id="again", view=bounded)
+    send([(9000, "a", 2.0, 4)], [(3, 5560.0)])
+    totals = {name: row["reads_by_k_v_sum_10m"] for name, row in send.feature_rows().items()}
     assert totals == {1: None, 2: None, 3: 1.0}
     assert check_parity(bounded, str(tmp_path)).differing == 0
 
 
-def test_with_a_longer_keep_no_question_goes_behind_what_is_compacted(tmp_path: Path) -> None:
-    tell = Told(tmp_path)
-    tell([(0, "a", 1.0), (500, "a", 2.0)], [(1, 600.0)])
-    tell([(5000, "a", 3.0)], [(2, 5000.0)])
-    tell.job.journal.keep = 3_600_000_000  # a checkpoint taken over by a job that keeps longer
-    tell([(5010, "a", 3.0)], [(3, 400.0), (4, 5000.0)])
-    assert set(tell.answers()) == {1, 2, 4}
-    assert tell.job.journal.counts["questions"]["too_late"] == 1
+def test_with_a_longer_keep_no_spine_row_goes_behind_what_is_compacted(tmp_path: Path) -> None:
+    send = HandFedJob(tmp_path)
+    send([(0, "a", 1.0), (500, "a", 2.0)], [(1, 600.0)])
+    send([(5000, "a", 3.0)], [(2, 5000.0)])
+    send.job.journal.keep = 3_600_000_000  # a checkpoint taken over by a job that keeps longer
+    send([(5010, "a", 3.0)], [(3, 400.0), (4, 5000.0)])
+    assert set(send.feature_rows()) == {1, 2, 4}
+    assert send.job.journal.counts["questions"]["too_late"] == 1
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -273,29 +278,29 @@ def test_a_restart_without_a_checkpoint_compacts_the_tables_again(
     tmp_path: Path, shards: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recovery, "SEED_ROWS", 7)  # several pieces
-    random, told = Random(shards), []
-    tell = Told(tmp_path, shards=shards)
+    random, reported = Random(shards), []
+    send = HandFedJob(tmp_path, shards=shards)
     for day in range(20):
         rows = [(86_400 * day + 600 * i, random.choice("abc"), random.choice([0.1, 12.34, 1e10])) for i in range(20)]
-        told += rows
-        tell(rows, [(day, 86_400 * day + 5000.0)])
-        tell.job.commit()
+        reported += rows
+        send(rows, [(day, 86_400 * day + 5000.0)])
+        send.job.commit()
         if day % 6 == 5:
-            tell = Told(tmp_path, shards=1 + day % 3, run_id=f"r{day}")
-            held = [each for shard in tell.job.shards for each in shard.compacted.values()]
+            send = HandFedJob(tmp_path, shards=1 + day % 3, run_id=f"r{day}")
+            held = [each for shard in send.job.shards for each in shard.compacted.values()]
             assert sum(map(len, held)) == 3 * (1 + 2)  # of three keys a summary, the first and the last row
-    assert len(tell.answers()) == 20
+    assert len(send.feature_rows()) == 20
     found = check_parity(ever, str(tmp_path))
     assert (found.feature_rows, found.differing, found.changed_later) == (20, 0, 0)
 
 
 def test_state_is_bounded_by_keys_and_what_is_open(tmp_path: Path) -> None:
-    tell, held = Told(tmp_path, shards=1), []
+    send, held = HandFedJob(tmp_path, shards=1), []
     for minute in range(100):
         rows = [(60 * minute + i, "abcde"[i % 5], 0.1 * i) for i in range(60)]
-        tell(rows, [(minute, 60.0 * minute + 59)])
+        send(rows, [(minute, 60.0 * minute + 59)])
         if minute % 10 == 9:
-            held.append(tell.job.commit()["state"]["shards"])
+            held.append(send.job.commit()["state"]["shards"])
     # Of five keys a summary, the first and the last row, in parts of growing size; and three minutes of rows.
     assert max(each["rows"] for each in held) <= 5 * 2 * (1 + 2) + 3 * 60
     assert max(each["bytes"] for each in held[5:]) <= 1.5 * max(each["bytes"] for each in held[:5])

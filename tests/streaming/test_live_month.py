@@ -1,4 +1,4 @@
-"""A month of real flights through a real broker and engine, and what batch says of it: not a bit differs."""
+"""A month of real flights through a real broker and engine, and the same by batch: not a bit differs."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_a_month_with_uneven_partitions_an_idle_one_and_a_pause_is_batch_to_the_
         str(tmp_path / "told.json"),
     ]
 
-    def told() -> float:
-        """How much of the month has been sent."""
+    def reported() -> float:
+        """The share of the month that has been sent."""
         try:
             at = json.loads((tmp_path / "told.json").read_text())["time"] / 1e6
         except (OSError, ValueError):
@@ -91,13 +91,13 @@ def test_a_month_with_uneven_partitions_an_idle_one_and_a_pause_is_batch_to_the_
     data_start = pl.Series([START]).str.to_datetime("%Y-%m-%d", time_zone="UTC")[0].timestamp()
     with Child(producer, tmp_path / "producer.log", cwd=ROOT) as sending:
         with Child(job, tmp_path / "job.log", cwd=ROOT) as first:
-            while told() < 0.4:
+            while reported() < 0.4:
                 assert first.running, first.output()
                 assert sending.running, sending.output()
                 time.sleep(0.2)
             first.signal(signal.SIGINT)
             assert first.wait(60) in (0, 130), first.output()
-        while told() < 0.7:
+        while reported() < 0.7:
             assert sending.running, sending.output()
             time.sleep(0.2)
         with Child(job, tmp_path / "job.log", cwd=ROOT) as second:
@@ -120,10 +120,10 @@ def test_a_month_with_uneven_partitions_an_idle_one_and_a_pause_is_batch_to_the_
         assert [by_partition.get(number, 0) for number in range(4)] == sent[name]
     spine = sent[view.spine.name]
     assert spine[0] > spine[1] > spine[2] > spine[3] == 0  # uneven, the last idle
-    answers = rows_of(features_live_uri(str(store), view.name, view.fingerprint), ["row_id", "__late"])
-    assert answers["row_id"].n_unique() == len(answers) == sum(spine)
-    assert not answers["__late"].any()
+    feature_rows = rows_of(features_live_uri(str(store), view.name, view.fingerprint), ["row_id", "__late"])
+    assert feature_rows["row_id"].n_unique() == len(feature_rows) == sum(spine)
+    assert not feature_rows["__late"].any()
     found = check_parity(view, str(store))
-    assert found.feature_rows == len(answers)
+    assert found.feature_rows == len(feature_rows)
     assert found.differing == 0, {name: each.examples for name, each in found.features.items() if each.differing}
     print(f"{sum(each.rows for each in found.features.values()):,} values, {found.cuts} cuts: 0 differ")

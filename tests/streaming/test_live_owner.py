@@ -22,7 +22,7 @@ from transforms.storage.paths import features_live_uri
 from transforms.streaming.store_owner import NOTE, claim
 
 OTHER = market.DEFINITION.replace('"demand"', '"another"')
-# Windows of another length: the same columns are read, and so rows are judged alike.
+# Windows of another length: the same columns are read, and so rows are checked alike.
 LONGER = market.DEFINITION.replace('over="1d", where', 'over="2d", where')
 # Does not read `sales.price`, so a row without a finite one keeps its contract.
 FEWER = market.DEFINITION.replace('"price": ("mean", "std", "q95", "max", "last"), ', "").replace(
@@ -88,8 +88,8 @@ def test_another_view_or_other_columns_are_refused_before_anything_is_written(
     try:
         before = content(store)
         assert guard(features_streaming.main)(argv(folder, store, text, "second")) == 4
-        said = capsys.readouterr().err
-        assert all(word in said for word in [*words, "another --store", str(store)]), said
+        printed = capsys.readouterr().err
+        assert all(word in printed for word in [*words, "another --store", str(store)]), printed
         assert content(store) == before
     finally:
         if old:
@@ -136,7 +136,7 @@ def test_the_view_goes_on_and_so_does_one_that_reads_the_same_columns(lived: tup
     assert features_streaming.main(argv(folder, store, name="again")) == 0
 
 
-def test_a_model_s_letters_and_a_batch_table_make_no_other_view(tmp_path: Path) -> None:
+def test_a_model_s_dead_letters_and_a_batch_table_make_no_other_view(tmp_path: Path) -> None:
     market.write(tmp_path, market.sources(20))
     definition = market.define(tmp_path, OTHER)
     assert features.main(["--definition", str(definition), "--store", str(tmp_path), "--run_id", "batch"]) == 0
@@ -161,9 +161,60 @@ def test_another_stream_is_refused_before_anything_is_written(
     folder, store = lived
     before = content(store)
     assert guard(features_streaming.main)([*argv(folder, store, name="other"), *flags]) == 4
-    said = capsys.readouterr().err
-    assert all(word in said for word in [flags[0], "none" if "03-0" in flags[1] else "where", "another --store"]), said
+    printed = capsys.readouterr().err
+    assert all(word in printed for word in [flags[0], "none" if "03-0" in flags[1] else "where", "another --store"]), (
+        printed
+    )
     assert content(store) == before
+
+
+def changed_files(folder: Path, change: str) -> None:
+    """Changes the rows of the market's sales."""
+    path = sorted((folder / "sources" / "sales").glob("*.parquet"))[0]
+    rows = pl.read_parquet(path)
+    middle = len(rows) // 2
+    match change:
+        case "value":
+            rows = rows.with_columns(price=pl.when(pl.int_range(pl.len()) == middle).then(77.0).otherwise("price"))
+        case "removed":
+            rows = pl.concat([rows[:middle], rows[middle + 1 :]])
+        case "added":
+            rows[middle : middle + 1].write_parquet(path.with_name("another.parquet"))
+        case "appended":
+            rows = pl.concat([rows, rows.sort("sold")[-1:]])
+    rows.write_parquet(path)
+    os.utime(path, (1, 1))
+
+
+@pytest.mark.parametrize("change", ["value", "removed", "added", "appended", "nothing"])
+def test_a_replay_is_continued_only_over_the_rows_that_it_began_with(
+    lived: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    """Else the offsets up to which the store has read would be those of other rows."""
+    folder, store = shutil.copytree(lived[0], tmp_path / "copy"), tmp_path / "copy" / "store"
+    changed_files(folder, change)
+    before = content(store)
+    code = guard(features_streaming.main)(argv(folder, store, name="again"))
+    said = capsys.readouterr().err
+    if change == "nothing":
+        assert code == 0, said
+        return
+    assert code == 4, said
+    assert "files of sales that have changed" in said
+    assert "another --store" in said
+    assert content(store) == before
+
+
+def test_a_replay_that_has_committed_nothing_may_have_other_rows(lived: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(lived[0], tmp_path / "copy")
+    note = json.loads((folder / "store" / NOTE).read_text())
+    assert sorted(note["rows"]) == ["sales", "stock", "visits"]
+    shutil.rmtree(folder / "store")
+    (folder / "store").mkdir()
+    (folder / "store" / NOTE).write_text(json.dumps(note))
+    changed_files(folder, "removed")
+    assert features_streaming.main(argv(folder, folder / "store", name="again")) == 0
+    assert json.loads((folder / "store" / NOTE).read_text())["rows"] != note["rows"]
 
 
 def test_a_job_that_has_read_nothing_binds_to_no_stream(tmp_path: Path) -> None:

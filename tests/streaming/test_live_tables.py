@@ -1,4 +1,4 @@
-"""Tables of a live job that others write to as well: what the job last told is found however much came after it."""
+"""Tables of a live job that others write to as well: the job's last record is found however many commits follow it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_commits_of_others_between_two_of_the_job_do_not_make_it_read_again(tmp_
     assert table.version() > 21
 
 
-def test_a_table_of_others_alone_has_been_told_nothing_and_a_lost_log_is_said(tmp_path: Path) -> None:
+def test_a_table_of_others_alone_has_no_record_and_a_lost_log_is_reported(tmp_path: Path) -> None:
     chunks = stream(Random(7), 3)
     run(tmp_path, chunks, {1}, {})
     table = open_table(f"{sources_root(str(tmp_path))}/events")

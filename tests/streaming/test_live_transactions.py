@@ -49,7 +49,7 @@ class Transactions(Stage):
         self._marked()
 
     def abort(self) -> None:
-        """What was sent since `begin` is none; what it would have been is forgotten."""
+        """What was sent since `begin` is none; what it would have been is dropped."""
         self.producer.flush(30)
         self.producer.abort_transaction(30)
         self._marked()
@@ -78,35 +78,35 @@ class Transactions(Stage):
 
 def test_a_features_job_sees_committed_rows_alone_and_waits_for_no_gap(live: Live, tmp_path: Path) -> None:
     stage = Transactions(live, tmp_path, partitions=2)
-    told = slots({name: frame for name, frame in market.sources(60).items() if name in market.TIMES}, share=(2, 1))
-    stage.waste(told[:1])  # the partitions begin with what is none
-    for number, slot in enumerate(told):
+    to_send = slots({name: frame for name, frame in market.sources(60).items() if name in market.TIMES}, share=(2, 1))
+    stage.waste(to_send[:1])  # the partitions begin with what is none
+    for number, slot in enumerate(to_send):
         stage.begin()
         for source, partition, frame in slot.parts:
             stage.send_frame(source, partition, frame, slot.end)
         stage.beat(slot.end)
         stage.commit()
         if number % 3 == 0:
-            stage.waste(told[number : number + 2])
+            stage.waste(to_send[number : number + 2])
     stage.begin()
     stage.beat(FOREVER)
     stage.commit()
-    stage.waste(told[:2])  # and end with it
+    stage.waste(to_send[:2])  # and end with it
     with stage.job("committed") as job:
         assert job.wait(150) == 0, job.output()[-3000:]
-        said = job.output()
-    answers = stage.audit()  # every committed row is accounted for, once, and no other
-    assert len(answers) == 60
-    assert "questions unaccounted for  0" in said
+        printed = job.output()
+    feature_rows = stage.audit()  # every committed row is accounted for, once, and no other
+    assert len(feature_rows) == 60
+    assert "questions unaccounted for  0" in printed
     figures = stage.figures("committed")
     assert all(each.get("unread", 0) == 0 for each in figures["counts"].values()), figures["counts"]
     assert stage.status("committed")["last"]
-    with stage.job("again") as job:  # all is told: a restart has nothing to do, and ends as well
+    with stage.job("again") as job:  # everything is committed: a restart has nothing to do, and ends as well
         assert job.wait(150) == 0, job.output()[-3000:]
-    assert stage.audit().sort("row_id").equals(answers.sort("row_id"))
+    assert stage.audit().sort("row_id").equals(feature_rows.sort("row_id"))
 
 
-def test_an_inference_job_scores_committed_answers_alone(
+def test_an_inference_job_scores_committed_feature_rows_alone(
     house: House, live: Live, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prefix, _, topic = topics(house, live, 2)
@@ -141,7 +141,7 @@ def test_an_inference_job_scores_committed_answers_alone(
     assert rows["letters"] == 0, json.dumps(rows)
 
 
-def test_offsets_that_hold_no_record_are_told_from_those_that_wait(live: Live) -> None:
+def test_offsets_that_hold_no_record_are_distinguished_from_those_that_wait(live: Live) -> None:
     broker, name = Broker(live.broker.bootstrap), f"gaps-{random.randrange(10**9)}"
     live.broker.create(name, partitions=3)
     producer = Producer({"bootstrap.servers": live.broker.bootstrap, "transactional.id": name, "log_level": 0})

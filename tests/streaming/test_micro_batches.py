@@ -1,4 +1,4 @@
-"""Micro-batches of a partition in the order of their offsets, and what is done about a hole among them."""
+"""Micro-batches of a partition in the order of their offsets, and what is done about a gap among them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def micro_batch(first: int, after: int, received: int = 0) -> MicroBatch:
 
 
 class Topic:
-    """Says which record comes first, and remembers what it was asked."""
+    """Returns which record comes first, and keeps the queries."""
 
     def __init__(self, *records: int) -> None:
         self.records, self.spine_columns = records, list[int]()
@@ -38,7 +38,7 @@ def test_every_hole_of_a_chain_of_transactions_is_passed_over_at_once() -> None:
     assert counts == [("s", SKIPPED, 3), ("s", SKIPPED, 1), ("s", SKIPPED, 1)]
 
 
-def test_a_hole_is_asked_about_after_a_tenth_of_a_second_and_not_before() -> None:
+def test_a_gap_is_looked_up_after_a_tenth_of_a_second_and_not_before() -> None:
     topic = Topic(5)
     admitted, waiting = admissible([micro_batch(5, 6, received=1)], {"s": {0: 3}}, GAP_PATIENCE, lambda *_: None, topic)
     assert (admitted, len(waiting), topic.spine_columns) == ([], 1, [])
@@ -48,7 +48,7 @@ def test_a_hole_is_asked_about_after_a_tenth_of_a_second_and_not_before() -> Non
 
 
 @pytest.mark.parametrize("record", [3, 4])
-def test_a_record_that_is_on_its_way_is_waited_for_and_asked_about_now_and_then(record: int) -> None:
+def test_a_record_that_is_on_its_way_is_waited_for_and_looked_up_now_and_then(record: int) -> None:
     topic = Topic(record, 5)
     now, waiting = GAP_PATIENCE, [micro_batch(5, 6)]
     for _ in range(50):
@@ -66,7 +66,7 @@ def test_a_broker_that_does_not_say_lets_nothing_pass() -> None:
     assert len(waiting) == 1
 
 
-def test_where_nobody_can_be_asked_a_hole_is_waited_on_longer() -> None:
+def test_without_a_broker_a_gap_stays_open_longer() -> None:
     for now, passes in ((AGAIN - 1, False), (AGAIN, True)):
         admitted, waiting = admissible([micro_batch(5, 6)], {"s": {0: 3}}, now, lambda *_: None, no_topic)
         assert (len(admitted), len(waiting)) == (int(passes), int(not passes))

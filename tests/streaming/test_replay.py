@@ -27,7 +27,7 @@ from transforms.streaming.replay import Replay, chunks
 DAYS = 4
 
 
-def answers(view: FeatureView, store: Path) -> pl.DataFrame:
+def feature_rows(view: FeatureView, store: Path) -> pl.DataFrame:
     return rows_of(features_live_uri(str(store), view.name, view.fingerprint))
 
 
@@ -54,7 +54,7 @@ def replayed(case: tuple[str, Path], store: Path, run_id: str, *flags: str) -> p
         *flags,
     ]
     assert features_streaming.main(argv) == 0
-    return answers(load_definition(definition).view, store)
+    return feature_rows(load_definition(definition).view, store)
 
 
 def test_a_replay_in_order_gives_the_very_table_of_the_batch_pipeline(case: tuple[str, Path], tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_keys_from_a_lookup_give_the_table_of_the_batch_pipeline(tmp_path: Path,
     assert figures_of(tmp_path / "live", "parity")["full_batch"]["values_differing"] == 0
 
 
-def test_disorder_changes_answers_but_not_parity(case: tuple[str, Path], tmp_path: Path) -> None:
+def test_disorder_changes_feature_rows_but_not_parity(case: tuple[str, Path], tmp_path: Path) -> None:
     flags = ("--disorder", "9h", "--keep", "12h", "--chunk", "2h", "--partitions", "1", "--shards", "3", "--seed", "5")
     found = replayed(case, tmp_path, "wild", *flags)
     assert found["__late"].any()
@@ -165,7 +165,7 @@ def test_disorder_changes_answers_but_not_parity(case: tuple[str, Path], tmp_pat
     assert again.sort("row_id").equals(found.sort("row_id"))
 
 
-def test_a_replay_that_loses_an_answer_ends_with_exit_code_5(
+def test_a_replay_that_loses_a_feature_row_ends_with_exit_code_5(
     case: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fresh = UnknownIds.__call__

@@ -1,4 +1,4 @@
-"""What live steps send each other: typed in a process, and as the envelopes that checkpoints hold between processes."""
+"""The messages between live steps: typed within a process, and as envelopes between processes and in checkpoints."""
 
 from __future__ import annotations
 

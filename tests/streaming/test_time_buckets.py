@@ -6,11 +6,15 @@ from random import Random
 
 import numpy as np
 import polars as pl
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transforms.records.frame_packets import pack, unpack
-from transforms.streaming.time_buckets import SLOTS, TimeBuckets, key_hashes, slot_contents, take_changes
+from tests.support.state_cells import Cell
+from transforms.records.row_hashing import key_hashes
+from transforms.streaming import mirrored_state
+from transforms.streaming.mirrored_state import load_slots, save_slots
+from transforms.streaming.time_buckets import SLOTS, TimeBuckets
 
 SCHEMA = {"t": pl.Int64, "k": pl.String, "n": pl.Int32, "rid": pl.Int64}
 
@@ -32,11 +36,13 @@ def bucket_ends(times: list[int], width: int) -> list[int]:
 
 
 @given(st.integers(0, 2**32))
-def test_panes_hold_what_a_list_would_and_their_cells_restore_them(seed: int) -> None:
+def test_time_buckets_hold_what_a_list_would_and_their_slots_restore_them(seed: int) -> None:
     random = Random(seed)
     width = random.choice([1, 7, 100])
     buckets, plain, next_id = TimeBuckets("t", width), [], 0
-    slots: list[list[bytes]] = [[] for _ in range(SLOTS)]
+    slots, counts = [Cell() for _ in range(SLOTS)], [0] * SLOTS
+    saved = pytest.MonkeyPatch()
+    saved.setattr(mirrored_state, "PIECES", random.choice([3, 100]))  # after which a slot is rewritten
     ends: dict[int, int] = {}  # of the bucket of each row, by its id
     for _ in range(random.randrange(25)):
         what = random.choice(["add", "add", "add", "evict", "drop", "before"])
@@ -67,30 +73,25 @@ def test_panes_hold_what_a_list_would_and_their_cells_restore_them(seed: int) ->
             bound = random.randrange(-300, 300)
             assert rows(buckets.take_before(bound)) == sorted((row for row in plain if row[0] <= bound), key=str)
             plain = [row for row in plain if row[0] > bound]
-        for slot, frames in take_changes({"s": buckets}).items():
-            if frames is None:
-                slots[slot] = [
-                    pack({"pane": bucket}, {"rows": part}) for _, bucket, part in slot_contents({"s": buckets}, slot)
-                ]
-            else:
-                slots[slot] += [pack({"pane": bucket}, {"rows": part}) for _, bucket, part in frames]
+        if random.random() < 0.7:
+            save_slots({"s": buckets}, slots, counts)
         assert len(buckets) == len(plain)
     assert rows(buckets.all()) == sorted(plain, key=str)
+    save_slots({"s": buckets}, slots, counts)
+    saved.undo()
+    for slot in slots:
+        random.shuffle(slot.many)  # a bag has no order
     restored = TimeBuckets("t", width)
-    for pieces in slots:
-        random.shuffle(pieces)  # a bag has no order
-        for piece in pieces:
-            head, found = unpack(piece)
-            restored.restore(head["pane"], found["rows"])
+    assert load_slots({"s": restored}, slots) == counts
     assert rows(restored.all()) == sorted(plain, key=str)
     for key in (("k",), ("k", "n")):
         wanted = pl.DataFrame([("a", 1), (None, 2)], schema={"k": pl.String, "n": pl.Int64}, orient="row")
         found = rows(buckets.take(key, key_hashes(wanted, key), -1000, 1000))
-        asked = [row[: len(key)] for row in wanted.rows()]
-        assert found == sorted((row for row in plain if row[1 : 1 + len(key)] in asked), key=str)
+        wanted_keys = [row[: len(key)] for row in wanted.rows()]
+        assert found == sorted((row for row in plain if row[1 : 1 + len(key)] in wanted_keys), key=str)
 
 
-def test_only_panes_that_reach_into_the_span_are_looked_at() -> None:
+def test_only_time_buckets_that_reach_into_the_span_are_looked_at() -> None:
     buckets = TimeBuckets("t", 10)
     buckets.add(pl.DataFrame({"t": [5, 15, 25, 35], "k": ["a"] * 4, "n": [1] * 4, "rid": [1, 2, 3, 4]}, schema=SCHEMA))
     wanted = key_hashes(pl.DataFrame({"k": ["a"]}), ("k",))
@@ -106,7 +107,7 @@ def test_appending_builds_few_parts() -> None:
     assert len(buckets) == 1000
 
 
-def test_rows_far_apart_go_to_few_panes_that_end_no_earlier() -> None:
+def test_rows_far_apart_go_to_few_time_buckets_that_end_no_earlier() -> None:
     buckets = TimeBuckets("t", 10)
     times = list(range(0, 100_000, 7))
     buckets.add(pl.DataFrame({"t": times, "k": ["a"] * len(times), "n": [1] * len(times), "rid": times}, schema=SCHEMA))

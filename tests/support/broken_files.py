@@ -1,4 +1,5 @@
-"""Stored files that are broken in every way, and commands that read them: what each command said and how it ended."""
+"""Stored files that are broken in every way, and commands that read them: what each command printed and how it
+ended."""
 
 from __future__ import annotations
 
@@ -78,17 +79,17 @@ def run(*argv: str) -> Said:
     return Said(argv, code, out.getvalue(), err.getvalue())
 
 
-def one_message(said: Said) -> None:
+def one_message(printed: Said) -> None:
     """A documented exit code, and if it is not 0 one message that says what is wrong, without a traceback."""
-    assert said.code in EXIT_CODES, said.text
-    assert "Traceback" not in said.err + said.out, said.text
-    if said.code not in (0, 6, 7):
-        told = [line for line in said.err.splitlines() if line.startswith("millrace: ")]
-        assert told, said.text
-        last = said.err[said.err.rindex("\nmillrace: ") if "\nmillrace: " in said.err else 0 :].strip()
+    assert printed.code in EXIT_CODES, printed.text
+    assert "Traceback" not in printed.err + printed.out, printed.text
+    if printed.code not in (0, 6, 7):
+        reported = [line for line in printed.err.splitlines() if line.startswith("millrace: ")]
+        assert reported, printed.text
+        last = printed.err[printed.err.rindex("\nmillrace: ") if "\nmillrace: " in printed.err else 0 :].strip()
         lines = last.splitlines()
-        assert all(line.startswith("  ") for line in lines[1:]), said.text  # the run, and how it is resumed
-        assert len(lines[0]) < 6000, said.text
+        assert all(line.startswith("  ") for line in lines[1:]), printed.text  # the run, and how it is resumed
+        assert len(lines[0]) < 6000, printed.text
 
 
 def made_store(folder: Path) -> Path:
@@ -106,10 +107,57 @@ def made_store(folder: Path) -> Path:
         ["features", *flags, "--run_id", "f2b"],
         ["training", *flags, "--run_id", "t3", "--threads=1", "--registry", "sqlite:////dev/null/mlflow.db"],
     ):
-        said = run(*argv)
-        assert said.code == (4 if "t3" in argv else 0), said.text
+        printed = run(*argv)
+        assert printed.code == (4 if "t3" in argv else 0), printed.text
     write_marker(str(folder / "runs" / "t9"), "training", "t9")
     return folder
+
+
+def made_live_store(folder: Path) -> Path:
+    """A store of live jobs in `<folder>/live`, beside the batch store that has its model, and its files."""
+    definition = shop.write(folder, 150, definition=DEFINITION)
+    flags, registry = ["--definition", str(definition)], f"sqlite:///{folder}/registry/mlflow.db"
+    batch, live = [*flags, "--store", str(folder)], [*flags, "--store", str(folder / "live")]
+    for argv in (
+        ["features", *batch, "--run_id", "f1"],
+        ["training", *batch, "--run_id", "t1", "--threads=1"],
+        ["promote", "1", "--store", str(folder), "--why", "to try"],
+        ["features", "--streaming", *live, "--sources", str(folder / "sources"), "--run_id", "l1", "--chunk=60d"],
+        ["inference", "--streaming", *live, "--registry", registry, "--run_id", "p1"],
+    ):
+        said = run(*argv)
+        assert said.code in (0, 6), said.text
+    guard = folder / "live" / "crash_guard" / "buying.features"
+    guard.mkdir(parents=True)
+    (guard / "suspect-1").write_text('["visits", 0, 3, 4]')
+    (guard / "verdicts").write_text('{"message": "visits/0@3 ab", "reason": "it died"}\n')
+    note = b'[["sales", 0, 1, 2]]'
+    (guard / "note-1").write_bytes(len(note).to_bytes(8, "little") + note + bytes(100))
+    (guard / "lock").touch()
+    return folder
+
+
+def live_commands(folder: Path) -> dict[str, list[str]]:
+    """Commands that read what a live store keeps, each by a name."""
+    live = ["--store", str(folder / "live")]
+    both = ["--definition", str(folder / "definition.py"), *live]
+    registry = ["--registry", f"sqlite:///{folder}/registry/mlflow.db"]
+    features = ["features", "--streaming", *both, "--sources", str(folder / "sources"), "--chunk=60d"]
+    kafka = ["--source", "kafka", "--bootstrap", "127.0.0.1:1"]
+    return {
+        "live features": [*features, "--run_id", "l2"],
+        "live features again": [*features, "--run_id", "l1"],
+        "live features of topics": ["features", "--streaming", *both, "--run_id", "l1", *kafka],
+        "live inference": ["inference", "--streaming", *both, *registry, "--run_id", "p2"],
+        "live inference again": ["inference", "--streaming", *both, *registry, "--run_id", "p1"],
+        "parity": ["parity", *both, *registry, "--batch_store", str(folder), "--run_id", "q1"],
+        "verify": ["verify", *both, "--live", "--run_id", "v1"],
+        "trace": ["trace", *both, "--live", "--key", "visit=120"],
+        "tables": ["tables", *live],
+        "compact": ["compact", *live],
+        "vacuum": ["vacuum", *live, "--older_than", "0s", "--force", "--retention", "0s"],
+        "erase": ["erase", "sales", *both, *registry, "--where", "visit = 3", "--keep_sources"],
+    }
 
 
 # Values of another type, size or sign, in place of one in a JSON file.
@@ -286,8 +334,8 @@ def files_read(store: Path, names: Sequence[str]) -> dict[str, set[str]]:
         place = Path(f"{prefix}{name.replace(' ', '-')}")
         argv = commands(copied(store, place))[name]
         read.clear()
-        said = run(*argv)
-        one_message(said)
+        printed = run(*argv)
+        one_message(printed)
         shutil.rmtree(place)
         found[name] = (read & kept) | {
             each for each in kept if "_delta_log" in each or (each.endswith("parquet") and "/date=" in each)

@@ -29,7 +29,7 @@ def table_of(store: Path) -> str:
     return features_uri(str(store), view.name, view.fingerprint)
 
 
-def answers(store: Path, version: int | None = None) -> pl.DataFrame:
+def feature_rows(store: Path, version: int | None = None) -> pl.DataFrame:
     return pl.read_delta(table_of(store), version=version).sort("asked", "visit")
 
 

@@ -1,4 +1,4 @@
-"""Random questions and events for views, small enough to answer by hand."""
+"""Random spine rows and events for views, small enough to compute by hand."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ SHOPS = pl.DataFrame(
 )
 
 
-def asked(folder: Path, number: int, run_id: str) -> Job:
-    """A job that has answered a question of its own."""
+def computed_one(folder: Path, number: int, run_id: str) -> Job:
+    """A job that has computed a spine row of its own."""
     job = Job(view, folder, folder / "in", {name: {0: 0, 1: 0} for name in SOURCES}, JobOptions(f"{run_id}{number}"))
     at = histories.at(10 * number)
     row = {"id": number, "k": "b", "t": at}

@@ -74,12 +74,12 @@ def killed(live: Live, folder: Path, times: int, seed: int, definition: str = ma
     again."""
     chance = random.Random(seed)
     stage, kills = Stage(live, folder, definition=definition), Kills(live, folder)
-    told = slots(history(), hours=1)
-    shares = [len(told) * i // (times + 1) for i in range(times + 2)]
+    reported = slots(history(), hours=1)
+    shares = [len(reported) * i // (times + 1) for i in range(times + 2)]
     try:
         for number, what in zip(range(times), itertools.cycle(["launcher", "prism", "launcher", "workers"])):
             with kills.job(stage, "same", what) as job:
-                stage.tell(told[shares[number] : shares[number + 1]])
+                stage.send_slots(reported[shares[number] : shares[number + 1]])
                 before = commits(stage)
                 if what == "workers" or chance.random() < 0.6:  # amid its work
                     await_(lambda before=before: commits(stage) > before, 100, job)
@@ -100,16 +100,16 @@ def killed(live: Live, folder: Path, times: int, seed: int, definition: str = ma
                     assert "Traceback" not in job.output(), job.output()
                     if commits(stage) > before:
                         assert "nothing is lost" in job.output(), job.output()
-        stage.tell(told[shares[times] :])
+        stage.send_slots(reported[shares[times] :])
         stage.beat(FOREVER)
         stage.flush()
         with kills.job(stage, "same", "launcher") as job:
-            said = end(job)
-        assert "questions unaccounted for  0" in said
-        answers = stage.audit()
-        assert len(answers) > 100
+            printed = end(job)
+        assert "questions unaccounted for  0" in printed
+        feature_rows = stage.audit()
+        assert len(feature_rows) > 100
         with kills.job(stage, "same", "launcher") as job:  # as if killed before it could say that it has ended
             end(job)
-        assert len(stage.audit()) == len(answers)
+        assert len(stage.audit()) == len(feature_rows)
     finally:
         kills.prism.stop()

@@ -56,7 +56,7 @@ class House:
     def predictions(self) -> pl.DataFrame:
         return self.table("predictions_live", "orders")
 
-    def answers(self) -> pa.RecordBatch:
+    def feature_rows(self) -> pa.RecordBatch:
         view = load_definition(self.definition).view
         table = open_table(features_live_uri(str(self.store), view.name, view.fingerprint))
         assert table is not None
@@ -67,7 +67,7 @@ class House:
 
     def expected(self, version: str) -> pl.DataFrame:
         """What a batch job with this version says of the live answers."""
-        made = predict(open_scorer(PinnedModel(str(self.folder(version)), version)), self.answers())
+        made = predict(open_scorer(PinnedModel(str(self.folder(version)), version)), self.feature_rows())
         return pl.DataFrame(pl.from_arrow(made)).sort("row_id")
 
 
@@ -104,7 +104,7 @@ def house(built: House, tmp_path: Path) -> Iterator[House]:
 
 def messages_of(house: House, size: int, partitions: int = 2) -> list[Message]:
     """The answers as messages of a topic, dealt to its partitions in turn."""
-    view, rows, made, offsets = load_definition(house.definition).view, house.answers(), [], [0] * partitions
+    view, rows, made, offsets = load_definition(house.definition).view, house.feature_rows(), [], [0] * partitions
     for number, start in enumerate(range(0, rows.num_rows, size)):
         partition = number % partitions
         value = to_arrow(rows.slice(start, size))

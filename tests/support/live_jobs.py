@@ -37,7 +37,7 @@ SHARE = (6, 3, 1, 0)
 HOUR = 3_600_000_000
 END = int(market.at(market.DAYS + 40).timestamp() * 1e6)
 PLACES = ["partition", "offset", "place"]
-# Letters about accepted rows of the spine that were not asked.
+# Dead letters about accepted rows of the spine that were not computed.
 ABOUT_QUESTIONS = pl.col("rule").str.contains("one key asks one question|no later than the spine's lateness")
 _numbers = itertools.count(1)
 
@@ -50,7 +50,7 @@ class Stage:
         folder: holds definition, dimensions, store and logs.
         partitions: of every source's topic.
         definition: the definition's text.
-        config: of the topic of answers.
+        config: of the topic of feature rows.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Stage:
         self.send(source, partition, to_arrow(frame), moment, rows=len(frame))
 
     def beat(self, until: int, sources: Sequence[str] = (), partitions: Sequence[int] | None = None) -> None:
-        """Every partition says to have told everything before `until`."""
+        """Sends a heartbeat to every partition: everything was sent before `until`."""
         for source in sources or self.sources:
             for partition in range(self.partitions) if partitions is None else partitions:
                 key, value = heartbeat(until)
@@ -140,8 +140,8 @@ class Stage:
         self.grown[source] = partitions
         self.connect()
 
-    def tell(self, slots: Sequence[Slot], beats: bool = True, partitions: Sequence[int] | None = None) -> None:
-        """Send what became known in some slots, and that it is told (None: on every partition)."""
+    def send_slots(self, slots: Sequence[Slot], beats: bool = True, partitions: Sequence[int] | None = None) -> None:
+        """Sends the rows that became known in some slots, and heartbeats (None: to every partition)."""
         for slot in slots:
             for source, partition, frame in slot.parts:
                 self.send_frame(source, partition, frame, slot.end)
@@ -203,7 +203,7 @@ class Stage:
     def kept(self, source: str) -> pl.DataFrame:
         return self.table(f"{sources_root(str(self.store))}/{source}", accepted(self.view, source))
 
-    def answers(self) -> pl.DataFrame:
+    def feature_rows(self) -> pl.DataFrame:
         uri = features_live_uri(str(self.store), self.view.name, self.view.fingerprint)
         return self.table(uri, live_schema(self.view))
 
@@ -215,8 +215,8 @@ class Stage:
         return [value for _, _, key, value in read(self.live.broker.bootstrap, topic) if key != HEARTBEAT]
 
     def audit(self) -> pl.DataFrame:
-        """Every message that the broker took is accounted for, once, and every answer is what batch gives; the
-        answers."""
+        """Every message that the broker took is accounted for, once, and every feature row is what batch gives; returns
+        the feature rows."""
         ends = high_marks(self.live.broker.bootstrap, [self.topic(name) for name in self.sources])
         assert ends == {
             (self.topic(name), number): self.sent.get((name, number), 0)
@@ -235,25 +235,27 @@ class Stage:
             broken = set(kept.filter(~keeping).select("__partition", "__offset", "__place").iter_rows())
             assert dead & set(accepted) == broken, f"{name}: what breaks the contract is a dead letter"
             assert set(accepted) | dead == self.rows.get(name, set()), f"{name}: a row is missing"
-        answers, ids = self.answers(), [*self.view.key, self.view.time]
+        feature_rows, ids = self.feature_rows(), [*self.view.key, self.view.time]
         asked = spine.select(*ids, pl.col("__partition", "__offset", "__place").name.map(lambda name: name[2:]))
         asked = (
             asked.join(dead_letters.filter(pl.col("source") == self.view.spine.name), on=PLACES, how="anti")
             .select(ids)
             .unique()
         )
-        assert answers["row_id"].n_unique() == len(answers)
-        assert asked.sort(ids).equals(answers.select(ids).sort(ids))
+        assert feature_rows["row_id"].n_unique() == len(feature_rows)
+        assert asked.sort(ids).equals(feature_rows.select(ids).sort(ids))
         found = check_parity(self.view, str(self.store))
         assert found.differing == 0, {name: each.examples for name, each in found.features.items() if each.differing}
-        assert found.feature_rows == len(answers)
-        told = {row for value in self.on_topic(self.outputs[0]) for row in pl.read_ipc_stream(value)["row_id"]}
-        assert told == set(answers["row_id"]), f"{len(told)} rows on the topic, {len(answers)} in the table"
+        assert found.feature_rows == len(feature_rows)
+        reported = {row for value in self.on_topic(self.outputs[0]) for row in pl.read_ipc_stream(value)["row_id"]}
+        assert reported == set(feature_rows["row_id"]), (
+            f"{len(reported)} rows on the topic, {len(feature_rows)} in the table"
+        )
         spoken = {
             tuple(json.loads(value)[name] for name in ("source", *PLACES)) for value in self.on_topic(self.outputs[1])
         }
         assert spoken == set(dead_letters.select("source", *PLACES).iter_rows())
-        return answers
+        return feature_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ def topics(house: House, live: Live, partitions: int = 4) -> tuple[str, Sender, 
 
 
 def check(house: House, rows: pl.DataFrame) -> None:
-    """Each row is what a batch job with the version it names says of the answer."""
+    """Each row is what a batch job with the named version computes from the feature row."""
     for version in rows["model_version"].unique():
         expected = house.expected(version)
         mine = rows.filter(model_version=version).select(expected.columns)

@@ -201,7 +201,7 @@ def run(
 
 
 def audit(folder: str, chunks: list[list[Message]], job: Job) -> None:
-    """Every row is in its table once, every question answered once or set aside, and every answer is what batch
+    """Every row is in its table once, every spine row computed once or rejected, and every feature row is what batch
     gives."""
     view, every = job.view, totals(chunks)
     for name in SOURCES:  # every row is in its table once
@@ -210,7 +210,7 @@ def audit(folder: str, chunks: list[list[Message]], job: Job) -> None:
         return
     rows = read(f"{sources_root(folder)}/questions")
     distinct = rows.unique(["id", "t"])
-    answers = read(features_live_uri(folder, view.name, view.fingerprint))
+    feature_rows = read(features_live_uri(folder, view.name, view.fingerprint))
     dead_letters = read(live_dead_letters_uri(folder, view.name))
     lost = dead_letters.filter(pl.col("rule").str.contains("no later than")) if len(dead_letters) else dead_letters
     refused = (
@@ -218,16 +218,16 @@ def audit(folder: str, chunks: list[list[Message]], job: Job) -> None:
         if len(lost)
         else rows.clear()
     )
-    unanswered = distinct.join(answers, on=["id", "t"], how="anti") if len(answers) else distinct
+    unanswered = distinct.join(feature_rows, on=["id", "t"], how="anti") if len(feature_rows) else distinct
     assert len(unanswered.join(refused, on=["id", "t"], how="anti")) == 0
     assert not len(job.journal.stores["?pending"])
-    if not len(answers):
+    if not len(feature_rows):
         return
-    assert answers["row_id"].n_unique() == len(answers)
+    assert feature_rows["row_id"].n_unique() == len(feature_rows)
     found = check_parity(view, folder)
     assert found.differing == 0, {name: each.examples for name, each in found.features.items() if each.differing}
-    assert found.feature_rows == len(answers)
-    against_oracle(view, folder, answers.head(4))
+    assert found.feature_rows == len(feature_rows)
+    against_oracle(view, folder, feature_rows.head(4))
 
 
 def totals(chunks: list[list[Message]]) -> dict[str, int]:
@@ -239,11 +239,11 @@ def totals(chunks: list[list[Message]]) -> dict[str, int]:
     return result
 
 
-def against_oracle(view: FeatureView, folder: str, answers: pl.DataFrame) -> None:
+def against_oracle(view: FeatureView, folder: str, feature_rows: pl.DataFrame) -> None:
     """A few answers by scanning every row that their cut shows."""
-    for answer in answers.iter_rows(named=True):
-        cut = cut_of(answer["__cut"])
-        versions = json.loads(answer["__dimensions"])
+    for feature_row in feature_rows.iter_rows(named=True):
+        cut = cut_of(feature_row["__cut"])
+        versions = json.loads(feature_row["__dimensions"])
         assert versions.keys() == view.dimensions.keys()
         tables = {name: kept_version(f"{folder}/dimensions", name, version) for name, version in versions.items()}
         for name in SOURCES:
@@ -259,18 +259,18 @@ def against_oracle(view: FeatureView, folder: str, answers: pl.DataFrame) -> Non
                 rows = rows.filter(pl.col("__counted"), ~row_identity(rows).is_in(replaced))
             elif name == "sales":  # the first known stays
                 rows = rows.sort("n", "at", "v", "k").unique("n", keep="first")
-            elif name == "questions":  # each is asked once; of contradicting ones the smallest counts
+            elif name == "questions":  # each is sent once; of contradicting ones the smallest counts
                 rows = rows.sort("t", "id", *spine_rows.columns).unique(["t", "id"], keep="first")
             tables[name] = rows.select(SOURCES[name].schema.keys())
         position = (
-            (pl.col("__partition") == answer["__partition"])
-            & (pl.col("__offset") == answer["__offset"])
-            & (pl.col("__place") == answer["__place"])
+            (pl.col("__partition") == feature_row["__partition"])
+            & (pl.col("__offset") == feature_row["__offset"])
+            & (pl.col("__place") == feature_row["__place"])
         )
         spine_row = read(f"{sources_root(folder)}/questions").filter(position).select(spine_rows.schema.keys())
         (expected,) = oracles.features(view, spine_row, tables)
         for name in view.columns:
-            assert same(answer[name], expected[name]), (name, answer[name], expected[name])
+            assert same(feature_row[name], expected[name]), (name, feature_row[name], expected[name])
 
 
 def same(left: Any, right: Any) -> bool:

@@ -15,10 +15,13 @@ from beam_pipelines.cli import COMMANDS
 from tests.support.broken_files import run
 
 LIVE = ("features --streaming", "inference --streaming")
+# Nobody listens there, so these end before they would start.
+KAFKA = tuple(f"{each} --source kafka" for each in LIVE)
 LINES = (
     *(f"schema {action}" for action in ("infer", "check", "update")),
     *(each for each in COMMANDS if each != "schema"),
     *LIVE,
+    *KAFKA,
 )
 NUMBERS = ("0", "-1", "1", "007", "1e3", "0x10", "2.5", "nan", "inf", "-inf", "١٢", "9" * 30, "-" + "9" * 30)
 TEXTS = (
@@ -109,8 +112,11 @@ class Line:
             "--threads": "1",
         }
         known |= {"--where": "visit = 3", "--key": "visit=3"}
-        if self.command == "features --streaming":  # a replay
-            known |= {"--store": "{folder}/live", "--sources": "{store}/sources", "--end": "2024-01-03"}
+        if self.command in KAFKA:
+            known |= {"--bootstrap": "127.0.0.1:1"}
+        if self.command.startswith("features --streaming"):
+            known |= {"--store": "{folder}/live", "--sources": "{store}/sources"}
+            known |= {"--end": "2024-01-03"} if self.command in LIVE else {}
         if self.command == "new":
             known |= {"--folder": "{folder}"}
         takes = flags_of(self.command)
@@ -129,13 +135,13 @@ def _placed(text: str, places: dict[str, str]) -> str:
 @functools.cache
 def flags_of(command: str) -> dict[str, bool]:
     """The flags that the command's help lists; whether each takes a value."""
-    said = run(*command.split(), "--help")
-    if command in LIVE:
-        said = run(command.split()[0], "--streaming", "--help")
-    assert said.code == 0, said.text
-    found = re.findall(r"^  (--\w+)(?:, (--no-\w+))?( \S+)?", said.out, re.MULTILINE)
+    printed = run(*command.split(), "--help")
+    if command in (*LIVE, *KAFKA):
+        printed = run(command.split()[0], "--streaming", "--help")
+    assert printed.code == 0, printed.text
+    found = re.findall(r"^  (--\w+)(?:, (--no-\w+))?( \S+)?", printed.out, re.MULTILINE)
     flags = {name: bool(value) for name, _, value in found} | {other: False for _, other, _ in found if other}
-    return {name: value for name, value in flags.items() if name not in ("--help", "--streaming")}
+    return {name: value for name, value in flags.items() if name not in ("--help", "--streaming", "--source")}
 
 
 def takes_a_word(command: str) -> bool:

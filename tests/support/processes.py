@@ -7,6 +7,7 @@ zygote.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -49,9 +50,9 @@ class Process:
         """Until it has ended."""
         status, seconds = self.zygote.ask(do="wait", pid=self.pid, stopped=False)
         steps = Path(f"{self.log}.steps")
-        told = tuple(steps.read_text().splitlines()) if steps.exists() else ()
+        reported = tuple(steps.read_text().splitlines()) if steps.exists() else ()
         out, err = (Path(f"{self.log}.{name}").read_text() for name in ("out", "err"))
-        return Ended(os.waitstatus_to_exitcode(status), out, err, told, seconds)
+        return Ended(os.waitstatus_to_exitcode(status), out, err, reported, seconds)
 
     def stopped(self) -> bool:
         """Wait until it has stopped; False where it ended instead."""
@@ -130,8 +131,14 @@ class Zygote:
 
 def _child(main: Callable[[list[str]], int], what: dict[str, Any]) -> None:
     victim, step, delay = os.getpid(), what["step"], what["delay"]
+    relays = []
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{what['log']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
+        handle = os.open(f"{what['log']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        if what["limit"] is not None:  # which does not hold for what is printed
+            handle, pid = _relay(handle)
+            relays.append(pid)
+        os.dup2(handle, number)
+        os.close(handle)
     alarm = _killer(victim, step, delay, what["kind"]) if delay else None
     steps: list[str] = []
 
@@ -167,7 +174,29 @@ def _child(main: Callable[[list[str]], int], what: dict[str, Any]) -> None:
         sys.stdout.flush()
         if what["limit"] is None:
             Path(f"{what['log']}.steps").write_text("\n".join(steps)) if what["user"] is None else None
+        sys.stderr.flush()
+        for number in (1, 2) if relays else ():
+            os.close(number)
+        for pid in relays:
+            os.waitpid(pid, 0)
         os._exit(code)
+
+
+def _relay(handle: int) -> tuple[int, int]:
+    """A pipe, and the process that writes to a file what comes through it."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(read)
+        os.close(handle)
+        return write, pid
+    for number in range(3, 256):
+        if number not in (read, handle):
+            with contextlib.suppress(OSError):
+                os.close(number)
+    while some := os.read(read, 1 << 16):
+        os.write(handle, some)
+    os._exit(0)
 
 
 def _killer(victim: int, step: int | None, delay: float, kind: int) -> int:
@@ -203,11 +232,11 @@ def _serve(modules: Sequence[str]) -> None:
             if pid == 0:
                 _child(main, what)
             begun[pid] = time.perf_counter()
-            answer: Any = pid
+            feature_row: Any = pid
         else:
             _, status = os.waitpid(what["pid"], os.WUNTRACED if what["stopped"] else 0)
-            answer = status, time.perf_counter() - begun[what["pid"]]
-        print(json.dumps(answer), flush=True)
+            feature_row = status, time.perf_counter() - begun[what["pid"]]
+        print(json.dumps(feature_row), flush=True)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class Stored:
     def features(self, view: str, fingerprint: str) -> pl.DataFrame:
         return rows_of(features_uri(str(self.store), view, fingerprint))
 
-    def answers(self) -> pl.DataFrame:
+    def feature_rows(self) -> pl.DataFrame:
         """The live feature table."""
         view = self.view()
         return rows_of(features_live_uri(str(self.store), view.name, view.fingerprint)).sort("row_id")

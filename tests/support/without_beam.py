@@ -48,9 +48,9 @@ def outputs_of(
     out: list[Any] = []
     carried: SnapshotFiles | None = None
     if chains:
-        told = [each for span in segments for each in Summarise(view, plan, uri, "run").process(span)]
-        out += [each for each in told if isinstance(each, pvalue.TaggedOutput)]
-        parts = [each for each in told if not isinstance(each, pvalue.TaggedOutput)]
+        reported = [each for span in segments for each in Summarise(view, plan, uri, "run").process(span)]
+        out += [each for each in reported if isinstance(each, pvalue.TaggedOutput)]
+        parts = [each for each in reported if not isinstance(each, pvalue.TaggedOutput)]
         carried = merge_in_order(parts[::-1], view, uri, "run", chains)
         remove_parts(parts, carried, uri)
     if plan.shuffled:

@@ -150,7 +150,7 @@ def test_a_champion_that_cannot_be_read_is_kept(store: Path) -> None:
     assert champion(store) == "1"
 
 
-def test_a_run_of_an_earlier_version_that_was_not_judged_is_registered_without_the_alias(store: Path) -> None:
+def test_a_run_of_an_earlier_version_that_was_not_compared_is_registered_without_the_alias(store: Path) -> None:
     found = train(store, "second", shop.DEFINITION)
     assert champion(store) == "2"
     registry = Registry(registry_uri(str(store)))
@@ -219,19 +219,19 @@ def test_rows_are_joined_by_key_and_time_and_those_missing_are_counted(store: Pa
         .select("visit", "asked", "date", row_id=pl.col("row_id") + 1, **{LABEL: pl.lit(1.0, pl.Float32)})
     )
     strangers = rows.head(3).with_columns(visit=pl.lit(-1, pl.Int64))
-    asked = pl.concat([rows, strangers]).sample(fraction=1.0, shuffle=True, seed=1)
-    found, missing = own_rows(of(asked), own)
+    spine_rows = pl.concat([rows, strangers]).sample(fraction=1.0, shuffle=True, seed=1)
+    found, missing = own_rows(of(spine_rows), [own])
     assert missing == 3
     assert found is not None
     result = pl.from_arrow(found)
-    expected = asked.filter(pl.col("visit") >= 0).join(
+    expected = spine_rows.filter(pl.col("visit") >= 0).join(
         pl.read_delta(table.table_uri).select("visit", "asked", "age", "shop"),
         on=["visit", "asked"],
         how="left",
         maintain_order="left",
     )
     assert result.select(expected.columns).equals(expected)  # type: ignore[union-attr]
-    assert own_rows(of(asked).slice(0, 0), own) == (None, 0)
+    assert own_rows(of(spine_rows).slice(0, 0), [own]) == (None, 0)
 
 
 def of(rows: pl.DataFrame) -> pa.RecordBatch:

@@ -85,16 +85,19 @@ def test_the_first_known_row_labels(
 ) -> None:
     on = {"key": "key", "other": "side"} if two else "key"
     label = Label(source(order), on=on, value=pl.col("value"), within="3h", absent=absent)
-    asked, known = pl.DataFrame(rows, ROWS, orient="row"), pl.DataFrame(events, EVENTS, orient="row").fill_nan(None)
-    found = labels.attach(asked, known, label, "asked")
-    assert_frame_equal(found.select(asked.columns), asked, check_exact=True)
+    spine_rows, known = (
+        pl.DataFrame(rows, ROWS, orient="row"),
+        pl.DataFrame(events, EVENTS, orient="row").fill_nan(None),
+    )
+    found = labels.attach(spine_rows, known, label, "asked")
+    assert_frame_equal(found.select(spine_rows.columns), spine_rows, check_exact=True)
     got = list(zip(found["__label"].to_list(), found["__label_time"].to_list()))
-    assert got == oracle(asked, known, label, timedelta(hours=3))
+    assert got == oracle(spine_rows, known, label, timedelta(hours=3))
 
 
-def test_an_event_at_the_question_counts_and_one_at_the_horizon_does_not() -> None:
+def test_an_event_at_the_spine_row_counts_and_one_at_the_horizon_does_not() -> None:
     label = Label(source(), on="key", value=pl.col("value") > 1, within="1h")
-    asked = pl.DataFrame({"key": [1, 2], "asked": [START, START]}, {"key": pl.Int64, "asked": TIME})
+    spine_rows = pl.DataFrame({"key": [1, 2], "asked": [START, START]}, {"key": pl.Int64, "asked": TIME})
     known = pl.DataFrame(
         {
             "key": [1, 2],
@@ -105,20 +108,20 @@ def test_an_event_at_the_question_counts_and_one_at_the_horizon_does_not() -> No
         },
         EVENTS,
     )
-    assert labels.attach(asked, known, label, "asked")["__label"].to_list() == [1.0, None]
+    assert labels.attach(spine_rows, known, label, "asked")["__label"].to_list() == [1.0, None]
 
 
 def test_no_label_enters_before_its_horizon_has_passed() -> None:
     label = Label(source(), on="key", value=pl.col("value"), within="1d")
     split = TimeSplit(validate="4d", test="4d", embargo="1d").resolve(START + timedelta(days=20))
     times = [START + timedelta(days=d / 2) for d in range(42)]
-    asked = pl.DataFrame({"key": list(range(len(times))), "asked": times}, {"key": pl.Int64, "asked": TIME})
-    # Every label but that of row 2 comes a second after its question: quick ones wait like slow ones.
+    spine_rows = pl.DataFrame({"key": list(range(len(times))), "asked": times}, {"key": pl.Int64, "asked": TIME})
+    # Every label but that of row 2 comes a second after its spine row: quick ones wait like slow ones.
     known = (
         pl.DataFrame(
             {
-                "key": asked["key"].cast(pl.Int32),
-                "known": asked["asked"].dt.offset_by("1s"),
+                "key": spine_rows["key"].cast(pl.Int32),
+                "known": spine_rows["asked"].dt.offset_by("1s"),
                 "value": [1.0] * len(times),
             }
         )
@@ -126,7 +129,7 @@ def test_no_label_enters_before_its_horizon_has_passed() -> None:
         .select(list(EVENTS))
         .filter(pl.col("key") != 2)
     )
-    parts, counts = labels.examples(labels.attach(asked, known, label, "asked"), label, split, "asked")
+    parts, counts = labels.examples(labels.attach(spine_rows, known, label, "asked"), label, split, "asked")
     for name, (start, end) in split.bounds.items():
         inside = [t for t in times if (start is None or t >= start) and t < end]
         ripe = [t for t in inside if t + timedelta(days=1) <= end]
@@ -143,9 +146,9 @@ def test_no_label_enters_before_its_horizon_has_passed() -> None:
 def test_an_absent_label_may_have_a_value() -> None:
     label = Label(source(), on="key", value=pl.col("value"), within="1h", absent=0)
     split = TimeSplit(validate="1d", test="1d").resolve(START + timedelta(days=4))
-    asked = pl.DataFrame({"key": [1], "asked": [START]}, {"key": pl.Int64, "asked": TIME})
+    spine_rows = pl.DataFrame({"key": [1], "asked": [START]}, {"key": pl.Int64, "asked": TIME})
     parts, counts = labels.examples(
-        labels.attach(asked, pl.DataFrame(schema=EVENTS), label, "asked"), label, split, "asked"
+        labels.attach(spine_rows, pl.DataFrame(schema=EVENTS), label, "asked"), label, split, "asked"
     )
     assert counts["train"] == labels.LabelCounts(1, 0, 1, 0, 1)
     assert parts["train"]["__label"].to_list() == [0.0]

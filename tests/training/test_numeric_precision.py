@@ -27,7 +27,7 @@ from transforms.models.encoders import Encoding, Fitted, columns_needed
 from transforms.models.mlflow_pyfunc import PyfuncModel
 from transforms.models.registry import Registry, registry_uri
 from transforms.models.scoring import PinnedModel, open_scorer, score
-from transforms.records.exact_sums import Moments, exact_squares, integer_sums, root, square_ratio
+from transforms.records.exact_sums import UNIT, Moments, exact_squares, integer_sums, root
 from transforms.training.data_checks import Level, Suspect
 from transforms.training.fit_encoders import Fitting
 from transforms.validation.numeric_sketch import NumericSketch
@@ -120,6 +120,23 @@ def test_integers_are_the_sum_of_their_columns(values: list[int], cuts: list[int
         assert state.keys() <= {"value"}
 
 
+@given(
+    st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0]), min_size=1, max_size=6),
+    st.lists(st.integers(0, 5), max_size=3),
+    st.randoms(),
+    st.sampled_from(
+        [encoders.MinMax(), encoders.Standardize(), encoders.Robust(), encoders.Bucketize(3), encoders.Impute("median")]
+    ),
+    st.sampled_from([pa.float32(), pa.float64()]),
+)
+def test_the_sign_of_zero_does_not_depend_on_the_order_of_rows(
+    values: list[float], cuts: list[int], chance: Any, encoder: Any, kind: pa.DataType
+) -> None:
+    expected = fit(encoder, pa.array(values, kind), [], chance).to_json()
+    shuffled = chance.sample(values, len(values))
+    assert fit(encoder, pa.array(shuffled, kind), cuts, chance).to_json() == expected
+
+
 @given(st.integers(LOW, HIGH), st.integers(0, 2**64 - 1))
 def test_enough_columns_are_made_for_any_range(least: int, span: int) -> None:
     greatest = min(least + span, HIGH)
@@ -196,7 +213,8 @@ def test_the_figures_of_the_report() -> None:
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=30))
 def test_squares_are_exact(values: list[float]) -> None:
-    assert square_ratio(exact_squares(np.array(values, np.float64))) == sum(Fraction(value) ** 2 for value in values)
+    squares = Fraction(exact_squares(np.array(values, np.float64)), 1 << 2 * UNIT)
+    assert squares == sum(Fraction(value) ** 2 for value in values)
 
 
 @given(st.lists(st.integers(LOW, HIGH), max_size=30))
@@ -302,7 +320,7 @@ def test_models_of_earlier_versions_score_as_before() -> None:
     assert json.loads(fitted.to_json()) == json.loads(text)
 
 
-def test_what_lies_too_far_outside_the_training_split_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_lies_too_far_outside_the_training_split_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     fitted = fit(None, pa.array([20240128, 20240229], pa.int64()), [], None)
     assert fitted.names == ["x"]
     near_by = pa.array([20240128 - 2**24, 20240129 + 2**23, 20240130], pa.int64())
@@ -347,8 +365,8 @@ def trained(root: Path, run_id: str, definition: str, rows: dict[str, list[Any]]
     words = ["--definition", str(path), "--store", str(root / "store")]
     assert features.main([*words, "--run_id", f"f-{run_id}"]) == 0
     assert training.main([*words, "--run_id", f"t-{run_id}", "--threads=1"]) == 0
-    told: dict[str, Any] = json.loads((root / f"store/runs/t-{run_id}/training.json").read_text())
-    return told
+    reported: dict[str, Any] = json.loads((root / f"store/runs/t-{run_id}/training.json").read_text())
+    return reported
 
 
 def test_a_model_learns_from_digits_that_float32_does_not_have_and_names_what_loses_them(tmp_path: Path) -> None:
@@ -365,31 +383,31 @@ def test_a_model_learns_from_digits_that_float32_does_not_have_and_names_what_lo
             encode=f'{encoder}"far": encoders.MinMax()',
             more="",
         )
-        told = trained(tmp_path, name, text, rows)
-        assert told["metrics"]["auc"] == 1.0, name
-        (warning,) = (each for each in told["data"]["warnings"] if "2^24" in each)
+        reported = trained(tmp_path, name, text, rows)
+        assert reported["metrics"]["auc"] == 1.0, name
+        (warning,) = (each for each in reported["data"]["warnings"] if "2^24" in each)
         assert warning.startswith("Input 'far'")
         assert "MinMax()" in warning
     # Behind MLflow's function the same code encodes.
     scorer = open_scorer(PinnedModel(Registry(registry_uri(str(tmp_path / "store"))).resolve("vw_plain")[1]))
-    asked = pl.DataFrame({"day": [20240128, 20240129, None], "far": [0, 1, None]})
-    frame = asked.to_pandas().astype(object)
-    (batch,) = asked.to_arrow().combine_chunks().to_batches()
+    rows_to_score = pl.DataFrame({"day": [20240128, 20240129, None], "far": [0, 1, None]})
+    frame = rows_to_score.to_pandas().astype(object)
+    (batch,) = rows_to_score.to_arrow().combine_chunks().to_batches()
     expected = score(scorer, batch)
     assert expected[0] < 0.5 < expected[1]
     assert PyfuncModel(scorer).predict(frame)["score"].to_numpy().tolist() == expected.tolist()
-    assert LABEL not in asked.columns
+    assert LABEL not in rows_to_score.columns
 
 
-def test_labels_that_float32_rounds_are_told(tmp_path: Path) -> None:
+def test_labels_that_float32_rounds_are_reported(tmp_path: Path) -> None:
     labels = [20240128 + i % 7 for i in range(700)]
     rows = {"day": [i % 7 for i in range(700)], "far": [0] * 700, "stamp": [0.0] * 700, "y": labels}
     text = DEFINITION.format(
         view="vw", features='day=pl.col("day")', encode="", more='objective="reg:squarederror", metric="rmse"'
     )
-    told = trained(tmp_path, "label", text, rows)
-    (warning,) = (each for each in told["data"]["warnings"] if each.startswith("The label is a whole number"))
+    reported = trained(tmp_path, "label", text, rows)
+    (warning,) = (each for each in reported["data"]["warnings"] if each.startswith("The label is a whole number"))
     count = int(warning.split(" rounds, in ")[1].split()[0])
-    entered = sum(each["entered"] for each in told["splits"].values())
+    entered = sum(each["entered"] for each in reported["splits"].values())
     assert count == pytest.approx(entered * 3 / 7, abs=10)
     assert sum(float(np.float32(label)) != label for label in labels[:7]) == 3

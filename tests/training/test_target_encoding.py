@@ -46,12 +46,12 @@ row = st.tuples(
 )
 
 
-def oracle(rows: list[dict[str, Any]], asked: dict[str, Any]) -> float:
-    known = [each for each in rows if each[LABEL_TIME] < asked["t"]]
-    if asked["word"] is None or not known:
+def oracle(rows: list[dict[str, Any]], spine_rows: dict[str, Any]) -> float:
+    known = [each for each in rows if each[LABEL_TIME] < spine_rows["t"]]
+    if spine_rows["word"] is None or not known:
         return math.nan
     prior = math.fsum(each[LABEL] for each in known) / len(known)
-    own = [each[LABEL] for each in known if each["word"] == asked["word"]]
+    own = [each[LABEL] for each in known if each["word"] == spine_rows["word"]]
     return (math.fsum(own) + 2.0 * prior) / (len(own) + 2.0)
 
 

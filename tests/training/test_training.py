@@ -92,7 +92,7 @@ def test_the_iterator_trains_what_whole_arrays_train(
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_metric_that_does_not_judge_the_objective_is_refused(objective: str) -> None:
+def test_a_metric_that_does_not_fit_the_objective_is_refused(objective: str) -> None:
     for metric in {name for names in METRICS_OF.values() for name in names} - set(OBJECTIVES[objective]):
         with pytest.raises(DefinitionError, match=f"{objective} has the metrics {', '.join(OBJECTIVES[objective])}"):
             model(objective, metric)

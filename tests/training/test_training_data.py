@@ -105,9 +105,10 @@ def test_a_category_seen_only_in_test_is_scored_as_unknown_and_named(store: Path
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told_so"), [(0, "gives the label away: each of its 2 values"), (20, "all but gives the label away: 9")]
+    ("wrong", "warning_text"),
+    [(0, "gives the label away: each of its 2 values"), (20, "all but gives the label away: 9")],
 )
-def test_a_text_that_tells_the_label_is_named(store: Path, wrong: int, told_so: str) -> None:
+def test_a_text_that_determines_the_label_is_named(store: Path, wrong: int, warning_text: str) -> None:
     derived = 'Derived(age=pl.col("age"), '
     text = shop.DEFINITION.replace(derived, derived + 'told=pl.col("told"), ')
     text = text.replace('"age": pl.Float32}', '"age": pl.Float32, "told": pl.String}')
@@ -121,7 +122,7 @@ def test_a_text_that_tells_the_label_is_named(store: Path, wrong: int, told_so: 
     assert features.main([*words, "--allow_anomalies"]) == 0
     assert training.main(flags(store, "text")) == 0
     (warning,) = account(store, "text")["data"]["warnings"]
-    assert warning.startswith(f"Input 'told' {told_so}")
+    assert warning.startswith(f"Input 'told' {warning_text}")
 
 
 def test_three_classes_go_through_the_whole_pipeline(store: Path) -> None:
@@ -167,12 +168,13 @@ def test_what_flags_and_params_cannot_mean_is_refused(
         assert words in capsys.readouterr().err
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert cli.main(["training", *flags(store, "gpu", "--device=cuda")]) == 3
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        "Trials run on the device that --device names. Got cuda, where XGBoost reports: No visible GPU is found" in said
+        "Trials run on the device that --device names. Got cuda, where XGBoost reports: No visible GPU is found"
+        in printed
     )
-    assert "Train with --device=cpu, or on workers with such a GPU" in said
-    assert "Traceback" not in said
+    assert "Train with --device=cpu, or on workers with such a GPU" in printed
+    assert "Traceback" not in printed
     (store / "definition.py").write_text(shop.DEFINITION.replace('"eta"', '"etta"'))
     assert cli.main(["training", *flags(store, "typo")]) == 2
     assert "Got 'etta'. Did you mean 'eta'?" in capsys.readouterr().err

@@ -44,7 +44,7 @@ def test_a_run_is_stopped_followed_by_the_schema_and_published(store: Path, caps
 
     february = ("--start", "2024-02-01", "--end", "2024-03-01")
     assert run(store, "second", *february) == 7
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for part in (
         "[2024-02-01, 2024-03-01)",
         "shop: Unexpected string values",
@@ -52,7 +52,7 @@ def test_a_run_is_stopped_followed_by_the_schema_and_published(store: Path, caps
         "--allow_anomalies",
         "--run_id second",
     ):
-        assert part in said
+        assert part in printed
     assert newest_version(table(store)) == 0
 
     assert schema(store, "update", "--run_id", "second") == 0
@@ -76,7 +76,7 @@ def test_anomalies_can_be_allowed(store: Path) -> None:
     assert "shop" in entry["anomalies"]
 
 
-def test_a_source_of_mostly_bad_rows_stops_the_run_and_its_letters_can_be_read(
+def test_a_source_of_mostly_bad_rows_stops_the_run_and_its_dead_letters_can_be_read(
     store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = store / "sources" / "visits" / "part.parquet"

@@ -16,7 +16,7 @@ from apache_beam.testing.util import assert_that
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transforms.records.exact_sums import as_fraction, square_ratio
+from transforms.records.exact_sums import UNIT, as_fraction
 from transforms.records.record_batches import frame
 from transforms.validation import statistics
 from transforms.validation.numeric_sketch import NumericSketch
@@ -168,7 +168,7 @@ def test_numbers_are_counted_and_summed_without_rounding(values: list[float | No
     assert (found.rows, found.missing, found.values) == (len(values), values.count(None), len(known))
     assert found.zeros == known.count(0.0)
     assert as_fraction(found.total) == sum(map(Fraction, known))
-    assert square_ratio(found.squares) == sum(Fraction(value) ** 2 for value in known)
+    assert Fraction(found.squares, 1 << 2 * UNIT) == sum(Fraction(value) ** 2 for value in known)
     if known:
         assert (found.least, found.greatest) == (min(known), max(known))
         exact = np.sort(known)

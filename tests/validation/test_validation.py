@@ -90,7 +90,7 @@ def test_rows_like_those_before_keep_the_schema() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "printed"),
     [
         (
             {"carrier": pa.array(["AA", "B6", "UA", "XX"] * 250)},
@@ -107,16 +107,16 @@ def test_rows_like_those_before_keep_the_schema() -> None:
         ({"wind": pa.array(np.zeros(1000))}, "wind: New column: New column (column in data but not in schema)"),
     ],
 )
-def test_what_breaks_the_schema_is_named(changed: dict[str, object], said: str) -> None:
-    assert said in texts(rows(seed=1, **changed))
+def test_what_breaks_the_schema_is_named(changed: dict[str, object], printed: str) -> None:
+    assert printed in texts(rows(seed=1, **changed))
 
 
 def test_a_bound_written_by_hand_is_kept() -> None:
     schema = parse_schema(
         schema_text(REVIEWED).replace('name: "delay"\n', 'name: "delay"\n  float_domain { min: 0 max: 50 }\n', 1)
     )
-    (said,) = texts(rows(seed=1), schema)
-    assert said.startswith("delay: Out-of-range values: Unexpectedly high value")
+    (printed,) = texts(rows(seed=1), schema)
+    assert printed.startswith("delay: Out-of-range values: Unexpectedly high value")
 
 
 def test_rows_that_are_not_there_are_an_anomaly() -> None:
@@ -205,8 +205,8 @@ def test_the_rules_are_tfdvs_own() -> None:
     now = statistics(rows(carrier=pa.array(["AA", "XX"] * 500), hour=pa.array(np.full(1000, 6))))
     theirs = tensorflow_data_validation.validate_statistics(now, REVIEWED, previous_statistics=USUAL)
     assert validation_api.pywrap_tensorflow_data_validation is tfdv()  # one copy, whichever came first
-    said = {(name, reason.short_description) for name, info in theirs.anomaly_info.items() for reason in info.reason}
-    assert {(each.feature, each.rule) for each in find_anomalies(now, REVIEWED, USUAL)} == said
+    printed = {(name, reason.short_description) for name, info in theirs.anomaly_info.items() for reason in info.reason}
+    assert {(each.feature, each.rule) for each in find_anomalies(now, REVIEWED, USUAL)} == printed
 
 
 # A run as `features` does it: files, statistics, check, commit.

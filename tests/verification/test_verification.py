@@ -23,7 +23,7 @@ from schemas import Derived, FeatureView, Latest, Lookup, Source, Trailing, load
 from schemas.arithmetic import in_64_bits
 from schemas.errors import ContractError, MismatchError
 from tests.support import arithmetic, market, oracles
-from tests.support.features_runs import answers, table_of
+from tests.support.features_runs import feature_rows, table_of
 from tests.support.histories import T0, at, histories, many_spine_rows, view
 from tests.support.kernels_case import same
 from tests.support.tables import figures_of
@@ -245,7 +245,7 @@ def test_a_published_row_that_its_source_does_not_hold_is_found(tmp_path: Path) 
     assert found.examples[0].feature == "the spine row"
 
 
-def test_a_source_that_changes_meanwhile_is_told_as_that(tmp_path: Path) -> None:
+def test_a_source_that_changes_meanwhile_is_reported_as_that(tmp_path: Path) -> None:
     frames = market.sources(30)
     view = market.load(market.write(tmp_path, frames))
     check = verification(view, tmp_path / "sources")
@@ -456,7 +456,7 @@ def run(store: Path, *flags: str, text: str = market.DEFINITION) -> dict[str, An
     return figures_of(store, name)
 
 
-def test_a_run_says_what_it_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_reports_what_it_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     market.write(tmp_path, market.spoiled(market.sources()), files=2)
     figures = run(tmp_path, "--verify", "all")
     assert figures["verification"] | {"seconds": 0} == {
@@ -511,10 +511,10 @@ def test_a_wrong_statistic_is_caught_and_nothing_is_committed(
         )
 
     monkeypatch.setattr(kernels, "statistic", wrong)
-    told = refused(tmp_path)
-    assert "'sales_by_shop_price_mean_6h' of visit=" in told or "_mean_" in told
-    assert "recomputed" in told
-    assert "Nothing was committed" in told
+    reported = refused(tmp_path)
+    assert "'sales_by_shop_price_mean_6h' of visit=" in reported or "_mean_" in reported
+    assert "recomputed" in reported
+    assert "Nothing was committed" in reported
     argv = ["features", "--definition", str(tmp_path / "definition.py"), "--store", str(tmp_path), "--no-statistics"]
     assert cli.main(argv) == 5
     assert "recomputed" in capsys.readouterr().err
@@ -565,8 +565,8 @@ def test_integers_that_wrap_are_caught(tmp_path: Path, monkeypatch: pytest.Monke
         return made.with_columns(spine.select(total=(city * 2_000_000_000 + 2**31) % 2**32 - 2**31).to_series())
 
     monkeypatch.setattr(block_features, "compute_stages", narrow)
-    told = refused(tmp_path, "--verify", "all", text=text)
-    assert "'total' of visit=" in told
+    reported = refused(tmp_path, "--verify", "all", text=text)
+    assert "'total' of visit=" in reported
 
 
 def test_a_row_that_came_late_is_seen_by_every_later_spine_row(tmp_path: Path) -> None:
@@ -628,9 +628,9 @@ def test_a_table_that_exists_is_verified_and_one_bit_is_found(
     assert "120 rows (of 120), 0 differing" in capsys.readouterr().out
     day = market.at(3).date()
     assert verified(tmp_path, "--rows", "5", "--start", str(day), "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["rows"] == 5
-    assert told["of"] == answers(tmp_path).filter(pl.col("date") >= day).height
+    reported = json.loads(capsys.readouterr().out)
+    assert reported["rows"] == 5
+    assert reported["of"] == feature_rows(tmp_path).filter(pl.col("date") >= day).height
     altered(tmp_path, "sales_by_shop_price_mean_2d")
     with pytest.raises(
         MismatchError, match=r"1 of .* values .*'sales_by_shop_price_mean_2d' of visit=\d+, asked=.* is .*, recomputed"
@@ -638,7 +638,9 @@ def test_a_table_that_exists_is_verified_and_one_bit_is_found(
         verified(tmp_path, "--rows", "all")
 
 
-def test_live_answers_are_verified_by_what_they_could_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_live_feature_rows_are_verified_by_what_they_could_see(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from beam_pipelines import features_streaming
     from transforms.storage.paths import features_live_uri
 

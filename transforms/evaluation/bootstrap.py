@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from transforms.evaluation.metrics import of_true_class
-from transforms.records.exact_sums import Floats
+from transforms.records.arrays import Floats, Ints
 from transforms.records.row_hashing import mix_bits
 
 REPLICATES = 200
@@ -53,7 +53,7 @@ def _inverse() -> npt.NDArray[np.uint8]:
 _POISSON = _inverse()
 
 
-def weights(row_ids: npt.NDArray[np.int64], replicates: int = REPLICATES) -> npt.NDArray[np.uint8]:
+def weights(row_ids: Ints, replicates: int = REPLICATES) -> npt.NDArray[np.uint8]:
     """How often each row enters each replicate, uint8 [rows, replicates].
 
     >>> weights(np.array([7, 8]), 4).tolist() == [weights(np.array([row]), 4)[0].tolist() for row in (7, 8)]
@@ -80,9 +80,9 @@ class ReplicateBins:
         plain: rows per bin, each counted once, int64 [bins].
     """
 
-    keys: npt.NDArray[np.int64]
+    keys: Ints
     counts: DrawCounts
-    plain: npt.NDArray[np.int64]
+    plain: Ints
 
     def __add__(self, other: ReplicateBins) -> ReplicateBins:
         if len(self.keys) == len(other.keys) and bool((self.keys == other.keys).all()):
@@ -101,7 +101,7 @@ class ReplicateBins:
         return int(self.plain[self.keys < _KIND].sum())
 
 
-def replicate_bins(keys: npt.NDArray[np.int64], drawn: npt.NDArray[np.uint8]) -> ReplicateBins:
+def replicate_bins(keys: Ints, drawn: npt.NDArray[np.uint8]) -> ReplicateBins:
     """Count rows by bin and replicate.
 
     Args:
@@ -124,7 +124,7 @@ def replicate_bins(keys: npt.NDArray[np.int64], drawn: npt.NDArray[np.uint8]) ->
     return ReplicateBins(ordered[first], sums, np.diff(np.append(first, len(keys))).astype(np.int64))
 
 
-def keys_of(objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+def keys_of(objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> Ints:
     """Key of each row's bin: [rows], or [kinds, rows] of a multi-class model.
 
     A binary model's key is twice the score's bin plus the label.  A regression's key is the leading bits of the error.
@@ -145,14 +145,14 @@ def keys_of(objective: str, label: Floats, scores: npt.NDArray[np.float32]) -> n
     return (error.view(np.uint32) >> np.uint32(_DROPPED)).astype(np.int64)
 
 
-def _odds(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+def _odds(scores: npt.NDArray[np.float32]) -> Ints:
     share = np.clip(scores.astype(np.float64), _EPSILON, 1 - _EPSILON)
     # One value at a time from the C library, as in `metrics`.
     odds = pc.ln(pa.array(share / (1 - share))).to_numpy()
     return np.floor(np.clip(odds, -_BOUND, _BOUND) * _STEPS).astype(np.int64) + _BOUND * _STEPS
 
 
-def _share(by_replicate: npt.NDArray[np.int64]) -> Floats:
+def _share(by_replicate: Ints) -> Floats:
     """The midpoint of each bin, as a probability."""
     return 1 / (1 + np.exp(_BOUND - (by_replicate + 0.5) / _STEPS))
 
@@ -170,7 +170,7 @@ def replicated(objective: str, by_replicate: ReplicateBins, threshold: float = 0
         return {"rmse": np.sqrt((error * error) @ counts / rows), "mae": error @ counts / rows}
 
 
-def _counts(by_replicate: ReplicateBins) -> npt.NDArray[np.int64]:
+def _counts(by_replicate: ReplicateBins) -> Ints:
     """Rows per bin in every replicate, and those of the rows themselves."""
     return np.column_stack([by_replicate.counts, by_replicate.plain]).astype(np.int64)
 
@@ -190,7 +190,7 @@ def error_quantiles(by_replicate: ReplicateBins, shares: Sequence[float]) -> lis
     return [(share, float(_errors(by_replicate)[position])) for share, position in zip(shares, positions, strict=True)]
 
 
-def _multiple(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> dict[str, Floats]:
+def _multiple(keys: Ints, counts: Ints) -> dict[str, Floats]:
     """Metrics of a multi-class model, and `… of class k`; means are over the classes that occur in a replicate."""
     kind, inner = keys // _KIND, keys % _KIND
     plain, pairs = counts[kind == 0], counts[kind == 1]
@@ -217,7 +217,7 @@ def _multiple(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> dic
     return result
 
 
-def _area(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Floats:
+def _area(keys: Ints, counts: Ints) -> Floats:
     """AUC of each replicate: the share of pairs that are ranked correctly, ties counted half."""
     label = (keys & 1)[:, None]
     # Bins of one score are neighbours, that of the negatives first.
@@ -227,9 +227,7 @@ def _area(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Floats:
     return won / (2.0 * up.sum(axis=0) * down.sum(axis=0))
 
 
-def _binary(
-    keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], threshold: float
-) -> dict[str, Floats]:
+def _binary(keys: Ints, counts: Ints, rows: Ints, threshold: float) -> dict[str, Floats]:
     label, share = (keys & 1)[:, None], _share(keys >> 1)
     positive, negative = counts * label, counts * (1 - label)
     hits, misses = positive.sum(axis=0), negative.sum(axis=0)
@@ -256,7 +254,7 @@ def _binary(
     }
 
 
-def _rates(keys: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], threshold: float) -> dict[str, Floats]:
+def _rates(keys: Ints, counts: Ints, threshold: float) -> dict[str, Floats]:
     """The metrics of a binary model that depend on the threshold."""
     positive, selected = keys & 1 == 1, _share(keys >> 1) >= threshold
     hits, misses = counts[positive].sum(axis=0), counts[~positive].sum(axis=0)

@@ -8,7 +8,6 @@ from typing import Literal
 
 import apache_beam as beam
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
@@ -31,11 +30,12 @@ from transforms.evaluation.bootstrap import (
 from transforms.evaluation.metrics import MetricTally, auc_error, metrics
 from transforms.models.scoring import carried_name
 from transforms.models.stored_records import CalibrationBin, MetricDetails, MetricsRecord, ThresholdRates
+from transforms.records.arrays import Ints
 from transforms.records.exact_sums import Bins
 from transforms.records.record_batches import frame
 
 # (column, value as text or None) of each column of a slice; () stands for the whole split.
-Key = tuple[tuple[str, str | None], ...]
+SliceKey = tuple[tuple[str, str | None], ...]
 Interval = tuple[float, float]
 Intervals = Mapping[str, Interval | None]
 # The most classes for which a confusion matrix is reported, and the reported quantiles of the absolute error.
@@ -59,7 +59,7 @@ class GroupTally:
         return GroupTally(self.tally + other.tally, by_replicate)
 
 
-Tallies = dict[Key, GroupTally]
+Tallies = dict[SliceKey, GroupTally]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class EvaluationSlice:
         rates: confusion rates at the threshold; only of binary models.
     """
 
-    by: Key
+    by: SliceKey
     rows: int
     metrics: Mapping[str, float | None]
     intervals: Intervals = dataclasses.field(default_factory=dict)
@@ -137,7 +137,7 @@ def tally(scored: pa.RecordBatch, objective: str, slices: Iterable[str | tuple[s
     if "row_id" in rows.columns:
         drawn, keys = weights(rows["row_id"].to_numpy()), keys_of(objective, label, values)
 
-    def part(index: slice | npt.NDArray[np.int64]) -> GroupTally:
+    def part(index: slice | Ints) -> GroupTally:
         by_replicate = None if drawn is None or keys is None else replicate_bins(keys[..., index], drawn[index])
         return GroupTally(MetricTally.of(objective, label[index], values[index]), by_replicate)
 
@@ -199,7 +199,7 @@ def _exact(objective: str, part: GroupTally, threshold: float) -> dict[str, floa
     if objective == "multi:softprob":
         each = measures.per_class(part.tally)
         found |= {f"{name} of class {of['class']}": of[name] for of in each for name in OF_CLASS}
-    return {**found, **(measures.confusion(bins, threshold) if bins else {})}
+    return {**found, **(measures.confusion_rates(bins, threshold) if bins else {})}
 
 
 def _drawn(objective: str, part: GroupTally, threshold: float) -> Replicates | None:
@@ -216,7 +216,9 @@ def _intervals(drawn: Replicates | None) -> dict[str, Interval | None]:
     )
 
 
-def _slice(objective: str, key: Key, part: GroupTally, whole: Replicates | None, threshold: float) -> EvaluationSlice:
+def _slice(
+    objective: str, key: SliceKey, part: GroupTally, whole: Replicates | None, threshold: float
+) -> EvaluationSlice:
     drawn = _drawn(objective, part, threshold)
     gaps = {}
     if drawn is not None and whole is not None:
@@ -225,7 +227,7 @@ def _slice(objective: str, key: Key, part: GroupTally, whole: Replicates | None,
                 gap = whole.values[name] - values
                 gaps[name] = percentile_interval(gap if name in RISING else -gap)
     bins = part.tally.bins
-    rates = measures.confusion(bins, threshold) if bins else {}
+    rates = measures.confusion_rates(bins, threshold) if bins else {}
     return EvaluationSlice(
         key, part.tally.rows, metrics(objective, part.tally, threshold), _intervals(drawn), gaps, rates
     )
@@ -266,7 +268,7 @@ def _classes(whole: MetricTally, drawn: Replicates | None) -> MetricDetails:
 
 
 def _binary(whole: GroupTally, bins: Bins, threshold: float) -> MetricDetails:
-    rates_at = {each: measures.confusion(bins, each) for each in sorted({*THRESHOLDS, threshold})}
+    rates_at = {each: measures.confusion_rates(bins, each) for each in sorted({*THRESHOLDS, threshold})}
     drawn_at = {} if whole.by_replicate is None else rate_replicates(whole.by_replicate, rates_at)
     at: list[ThresholdRates] = []
     for each, rates in rates_at.items():
@@ -283,10 +285,10 @@ def _binary(whole: GroupTally, bins: Bins, threshold: float) -> MetricDetails:
             }
         )
     points: list[CalibrationBin] = [
-        {"rows": rows, "score": score, "share": share} for rows, score, share in measures.calibration(bins)
+        {"rows": rows, "score": score, "share": share} for rows, score, share in measures.calibration_bins(bins)
     ]
     details: MetricDetails = {"thresholds": at, "calibration": points}
-    return {**details, **measures.curves(bins)}
+    return {**details, **measures.curve_points(bins)}
 
 
 @dataclasses.dataclass(eq=False)  # Beam sets the label

@@ -7,7 +7,6 @@ error is reported: it is at most half of the pairs that share a bin but not a sc
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -19,7 +18,8 @@ import pyarrow.compute as pc
 
 from schemas.models import METRICS_OF
 from transforms.models.stored_records import ClassMetrics, CurvePoints
-from transforms.records.exact_sums import Bins, Floats, as_fraction, exact_sum
+from transforms.records.arrays import Floats, Ints
+from transforms.records.exact_sums import Bins, as_fraction, exact_sum
 
 SCORE_BINS = 1 << 18
 # scikit-learn clips float32 probabilities by this before it takes logarithms.
@@ -96,7 +96,7 @@ def metrics(objective: str, tally: MetricTally, threshold: float = 0.5) -> dict[
             "auc": auc(tally.bins),
             "average_precision": average_precision(tally.bins),
             "calibration_error": calibration_error(tally.bins),
-            **confusion(tally.bins, threshold),
+            **confusion_rates(tally.bins, threshold),
         }
         return {name: known[name] if name in known else tally.mean(name) for name in names}
     if objective == "multi:softprob":
@@ -155,7 +155,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def confusion(bins: Bins, threshold: float) -> dict[str, float | None]:
+def confusion_rates(bins: Bins, threshold: float) -> dict[str, float | None]:
     """Rates among the rows whose score is at least `threshold`; None where nothing could be counted."""
     chosen = bins.values >= float(np.float32(threshold))
     positive, negative, _ = _ranked(bins)
@@ -173,7 +173,7 @@ def confusion(bins: Bins, threshold: float) -> dict[str, float | None]:
     }
 
 
-def calibration(bins: Bins, buckets: int = 10) -> list[tuple[int, float, float]]:
+def calibration_bins(bins: Bins, buckets: int = 10) -> list[tuple[int, float, float]]:
     """(Rows, mean score, share of positives) of each equal part of 0 … 1 that holds a score."""
     position = np.minimum((bins.values * buckets).astype(int), buckets - 1)
     result = []
@@ -187,10 +187,10 @@ def calibration(bins: Bins, buckets: int = 10) -> list[tuple[int, float, float]]
 def calibration_error(bins: Bins) -> float:
     """Mean distance between score and share of positives over ten bins, weighted by rows (Naeini et al. 2015)."""
     rows = int(bins.counts[:, 0].sum())
-    return sum(count * abs(share - score) for count, score, share in calibration(bins)) / rows if rows else 0.0
+    return sum(count * abs(share - score) for count, score, share in calibration_bins(bins)) / rows if rows else 0.0
 
 
-def curves(bins: Bins, points: int = 200) -> CurvePoints:
+def curve_points(bins: Bins, points: int = 200) -> CurvePoints:
     """At most `points` points each of the ROC curve (false and true positive rate) and of precision by recall."""
     positive, negative, pairs = _ranked(bins)
     if not pairs:
@@ -235,7 +235,7 @@ def average_precision(bins: Bins) -> float | None:
     return float((positive * precision).sum() / total)
 
 
-def _ranked(bins: Bins) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
+def _ranked(bins: Bins) -> tuple[Ints, Ints, int]:
     positive = bins.counts[:, 1]
     negative = bins.counts[:, 0] - positive
     return positive, negative, int(positive.sum()) * int(negative.sum())
@@ -253,7 +253,3 @@ def _logarithm(values: Floats) -> Floats:
 
 def _summed(sums: Mapping[str, npt.ArrayLike]) -> tuple[tuple[str, int], ...]:
     return tuple((name, exact_sum(np.asarray(values, np.float64))) for name, values in sums.items())
-
-
-def total_tally(tallies: Iterable[MetricTally]) -> MetricTally:
-    return functools.reduce(MetricTally.__add__, tallies, MetricTally())

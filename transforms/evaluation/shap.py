@@ -17,6 +17,7 @@ from schemas.splits import LABEL
 from transforms.models.encoders import as_categories, as_doubles, input_column
 from transforms.models.scoring import PinnedModel, Scorer, open_scorer, score
 from transforms.models.stored_records import InputPoints, InputShare, RequestExample
+from transforms.records.arrays import Floats, UInt64s
 from transforms.records.row_hashing import mix_bits
 
 # The most rows that are sampled, and the work that limits how many of them are explained: a row costs leaves × depth².
@@ -86,7 +87,7 @@ class ExplainedSample(beam.CombineFn):
         return state
 
 
-def _hashes(batch: pa.RecordBatch) -> npt.NDArray[np.uint64]:
+def _hashes(batch: pa.RecordBatch) -> UInt64s:
     ids = batch.column(batch.schema.get_field_index("row_id")).to_numpy(zero_copy_only=False)
     return mix_bits(ids.view(np.uint64))
 
@@ -140,7 +141,7 @@ def explain(sample: pa.RecordBatch | None, bundle: PinnedModel, objective: str, 
     )
 
 
-def _importance(name: str, means: npt.NDArray[np.float64]) -> InputShare:
+def _importance(name: str, means: Floats) -> InputShare:
     """An entry of `Explanation.inputs`; `means` are the input's mean absolute contributions [classes]."""
     share: InputShare = {"input": name, "mean_abs": float(means.sum())}
     if len(means) > 1:
@@ -148,9 +149,7 @@ def _importance(name: str, means: npt.NDArray[np.float64]) -> InputShare:
     return share
 
 
-def _points(
-    scorer: Scorer, rows: pa.RecordBatch, i: int, moved: npt.NDArray[np.float64], means: npt.NDArray[np.float64]
-) -> InputPoints:
+def _points(scorer: Scorer, rows: pa.RecordBatch, i: int, moved: Floats, means: Floats) -> InputPoints:
     """An entry of `Explanation.points` for input number `i`, whose contributions are `moved` [rows, classes]."""
     chosen = int(means.argmax())
     encoding = scorer.bundle.encoders.encodings[i]
@@ -187,7 +186,7 @@ def contributions(scorer: Scorer, rows: pa.RecordBatch) -> npt.NDArray[np.float3
     return found.reshape(rows.num_rows, scorer.bundle.classes, len(encoders.names) + 1)
 
 
-def by_input(scorer: Scorer, found: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+def by_input(scorer: Scorer, found: npt.NDArray[np.float32]) -> Floats:
     """Contributions [rows, classes, inputs] in doubles, summed over the columns that an encoder makes of one input."""
     widths = [len(each.names) for each in scorer.bundle.encoders.encodings]
     first = np.concatenate([[0], np.cumsum(widths)[:-1]]).astype(int)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transforms.features.long_windows import LONG, firsts_and_lasts
     from transforms.features.manifest import MANIFEST_VERSION, Manifest
     from transforms.features.manifest_store import WriteManifest, read_manifest, warn_of_outdated
+    from transforms.features.packed_events import SMALL, DistinctKeys, IndexedRows, Keys, PackedEvents
     from transforms.features.plan import (
         BLOCK_ROWS,
         BROADCAST_BYTES,
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
         amplification,
         events_reached,
     )
-    from transforms.features.preparation import FeaturesRequest, PreparedRun, prepare_features
+    from transforms.features.preparation import FeaturesRequest, PreparedRun, computed_together, prepare_features
+    from transforms.features.shared_blocks import SharedFeatures, ViewPart
     from transforms.features.source_digests import DIGESTED, REPEATS
     from transforms.features.trailing_features import TrailingFeatures
     from transforms.features.window_bounds import is_sorted

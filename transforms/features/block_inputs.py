@@ -43,7 +43,10 @@ def concat_reads(reads: Iterable[SourceRows]) -> SourceRows:
     reads = list(reads)
     dead_letters = concat_dead_letters([each.dead_letters for each in reads])
     return SourceRows(
-        pl.concat([each.frame for each in reads]), dead_letters, add_digests([each.digests for each in reads])
+        pl.concat([each.frame for each in reads]),
+        dead_letters,
+        add_digests([each.digests for each in reads]),
+        sum(each.loaded for each in reads),
     )
 
 
@@ -54,7 +57,14 @@ def deduplicate_spine(view: FeatureView, plan: FeaturePlan, block: Block, read: 
     dead_letters = concat_dead_letters([read.dead_letters, conflicting])
     total = len(read.frame) + len(read.dead_letters)
     tally = SourceTally(
-        view.spine.name, total, len(spine), 0, total - len(spine) - len(dead_letters), len(dead_letters), read.digests
+        view.spine.name,
+        total,
+        len(spine),
+        0,
+        total - len(spine) - len(dead_letters),
+        len(dead_letters),
+        read.digests,
+        read.loaded,
     )
     return BlockInput(spine, dead_letters, tally)
 
@@ -69,7 +79,7 @@ def read_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -
         plan,
         block,
         name,
-        read_slices(plan.contracts[name], block.events[name], _within_reach(view, plan, block, name)),
+        read_slices(plan.contracts[name], block.events[name], within_reach(view, plan, block, name)),
     )
 
 
@@ -82,23 +92,23 @@ def reads_alike(view: FeatureView, plan: FeaturePlan, block: Block) -> bool:
 def read_spine_and_events(view: FeatureView, plan: FeaturePlan, block: Block) -> tuple[BlockInput, BlockInput]:
     """`read_spine`, and `read_events` of the spine as a source of events, from one read of the files."""
     name = view.spine.name
-    options = dataclasses.replace(_within_reach(view, plan, block, name), own=None)
+    options = dataclasses.replace(within_reach(view, plan, block, name), own=None)
     read = read_slices(plan.spine, block.spine, options)
     moment = pl.col(view.time).to_physical()
     spine = SourceRows(
         read.frame.filter((moment >= block.start) & (moment < block.end)),
         read.dead_letters.filter(pl.col("time").is_between(*block.own, closed="left")),
     )
-    events = SourceRows(read.frame, read.dead_letters.clear(), read.digests)
+    events = SourceRows(read.frame, read.dead_letters.clear(), read.digests, read.loaded)
     return deduplicate_spine(view, plan, block, spine), deduplicate_events(view, plan, block, name, events)
 
 
 def stream_events(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -> Iterator[SourceRows]:
     """Like `read_events`, but in chunks and with repeats."""
-    return stream_slices(plan.contracts[name], block.events[name], _within_reach(view, plan, block, name))
+    return stream_slices(plan.contracts[name], block.events[name], within_reach(view, plan, block, name))
 
 
-def _within_reach(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -> ReadOptions:
+def within_reach(view: FeatureView, plan: FeaturePlan, block: Block, name: str) -> ReadOptions:
     """What to read of `name` for a block."""
     contract, span = plan.contracts[name], block.spans.get(name)
     # The dead letters of the spine are emitted where it is read as the spine.
@@ -123,7 +133,14 @@ def deduplicate_events(view: FeatureView, plan: FeaturePlan, block: Block, name:
     counts = kept.select(owned.sum().alias("owned"), reached.sum().alias("reached")).row(0)
     dead = len(read.dead_letters)
     tally = SourceTally(
-        label(plan, name), good + dead, counts[1], counts[0] - counts[1], good - counts[0], dead, read.digests
+        label(plan, name),
+        good + dead,
+        counts[1],
+        counts[0] - counts[1],
+        good - counts[0],
+        dead,
+        read.digests,
+        read.loaded,
     )
     return BlockInput(kept, read.dead_letters, tally)
 
@@ -193,7 +210,7 @@ def tally_dimension(
         .unique(["file", "row"], keep="first", maintain_order=True)
         .with_columns(pl.lit(0, pl.Int64).alias("time"))
     )
-    return dead, SourceTally(name, total, used, 0, total - used - len(dead), len(dead))
+    return dead, SourceTally(name, total, used, 0, total - used - len(dead), len(dead), loaded=total)
 
 
 def distinct_by_key(frame: pl.DataFrame, by: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:

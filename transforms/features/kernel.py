@@ -9,25 +9,40 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from schemas.errors import DataError
-from schemas.feature_groups import GroupKey, HistoryKey, SourceFeature, column_names, group_key, without_columns
+from schemas.feature_groups import (
+    GroupKey,
+    HistoryKey,
+    SourceFeature,
+    column_names,
+    group_key,
+    window_lengths,
+    without_columns,
+)
 from schemas.features import ORDERED, Derived, Latest, Lookup, Statistic, Trailing
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.features.lifetime_summaries import LATEST, PriorSummary, Summary
+from transforms.features.packed_events import FoundEvents, Keys, PackedEvents
 from transforms.features.window_bounds import EventOrder, codes
 from transforms.features.window_statistics import Column, Once, lazy, statistic
+from transforms.records.arrays import Bools, Ints
 from transforms.records.columns import moments_of, with_columns, with_series
-from transforms.records.window_sums import Bools, Ints, Numbers
+from transforms.records.times import ALWAYS
+from transforms.records.window_sums import Numbers
 
 # Rows that the general path (event_time) may hold at once.
 EXPANDED_ROWS = 4_000_000
 # Up to this many rows, a group is computed on the calling thread: a thread pool would cost more.
 HANDED_OVER = 20_000
+# Up to this many spine rows, events that are packed are found key by key; more are found by their hashes.
+FOUND_BY_KEY = 256
 _POOL = Once()
 log = logging.getLogger("millrace.features")
 
@@ -48,11 +63,21 @@ class KernelTables:
             source has all its rows, or those that its summary lacks.
         summaries: summaries of the events before those in `rows`, or of events that all windows of one length contain.
         columns: feature columns that were computed elsewhere, in the order of the spine rows.
+        packed: sources whose events are packed instead, with indexes per key.
+        histories: histories by group, kept for other views that are computed from the same rows and spine rows.
     """
 
     rows: Mapping[str, pl.DataFrame]
     summaries: Mapping[HistoryKey, Summary] = dataclasses.field(default_factory=dict)
     columns: Mapping[str, pl.Series] = dataclasses.field(default_factory=dict)
+    packed: Mapping[str, PackedEvents] = dataclasses.field(default_factory=dict)
+    histories: Once | None = None
+
+    def rows_read(self, source: str, spine_rows: int) -> int:
+        """How many rows of a source are read for so many spine rows: none of a key's own if these are few."""
+        if source not in self.packed:
+            return len(self.rows[source])
+        return 0 if spine_rows <= FOUND_BY_KEY else len(self.packed[source])
 
     def split(self, features: Sequence[SourceFeature]) -> tuple[list[pl.Series], list[SourceFeature]]:
         """Returns the columns of `features` that were computed elsewhere, and features that give the other columns."""
@@ -141,14 +166,34 @@ def feature_columns(
     for feature in features:
         groups.setdefault(group_key(feature), []).append(feature)
 
-    def history_of(key: GroupKey, first: SourceFeature) -> History | None:
-        if isinstance(first, Lookup):
+    found_events = _FoundEvents(view, frame, tables, groups)
+
+    def history_of(key: GroupKey, group: Sequence[SourceFeature]) -> History | None:
+        if isinstance(group[0], Lookup):
             return None
-        events = tables.rows[key.source]
+        if tables.histories is None or any(column in view.columns for column in _spine_columns(key)):
+            return made(key, group)
+        return tables.histories.get(key, lambda: made(key, group))
+
+    def made(key: GroupKey, group: Sequence[SourceFeature]) -> History:
+        first = group[0]
+        assert not isinstance(first, Lookup)
+        summary = tables.summaries.get(key.history)
+        packed = tables.packed.get(key.source)
+        if packed is not None and len(frame) <= FOUND_BY_KEY:
+            with computing(f"where of {first.name!r}"):
+                found = found_events.of(key, first.condition)
+            codes, moments = found_events.keys.distinct(_spine_columns(key)).codes, found_events.moments
+            return History(first.source, found, found.codes, moments, codes, _prior(first.keys, frame, summary))
+        events = (
+            tables.rows[key.source]
+            if packed is None
+            else packed.frame(key.history.columns, found_events.keys.hashes[_spine_columns(key)])
+        )
         if first.condition is not None:
             with computing(f"where of {first.name!r}"):
                 events = events.filter(first.condition)
-        return History(first.source, first.keys, events, frame, view.time, tables.summaries.get(key.history))
+        return History.of_frame(first.source, first.keys, events, frame, view.time, summary)
 
     def work(feature: SourceFeature, history: History | None, wanted: list[Statistic]) -> list[pl.Series]:
         if isinstance(feature, Lookup):
@@ -158,14 +203,14 @@ def feature_columns(
             return latest(feature, history)
         return [_statistic(history, each) for each in wanted]
 
-    if len(frame) + max((len(tables.rows[key.source]) for key in groups), default=0) <= HANDED_OVER:
+    if len(frame) + max((tables.rows_read(key.source, len(frame)) for key in groups), default=0) <= HANDED_OVER:
         for key, group in groups.items():
-            history = history_of(key, group[0])
+            history = history_of(key, group)
             columns += [series for each in group for part in _parts(each) for series in work(each, history, part)]
         return columns
     pool = kernel_pool()
     # The statistics of a group start as soon as its history is sorted, while other histories are still being sorted.
-    histories = [(group, pool.submit(history_of, key, group[0])) for key, group in groups.items()]
+    histories = [(group, pool.submit(history_of, key, group)) for key, group in groups.items()]
     tasks = [
         pool.submit(work, feature, history.result(), part)
         for group, history in histories
@@ -173,6 +218,59 @@ def feature_columns(
         for part in _parts(feature)
     ]
     return [*columns, *(series for task in tasks for series in task.result())]
+
+
+def _spine_columns(key: GroupKey) -> tuple[str, ...]:
+    return tuple(column for column, _ in key.keys)
+
+
+class _FoundEvents:
+    """The packed events that windows of the spine rows of `frame` can reach."""
+
+    def __init__(
+        self,
+        view: FeatureView,
+        frame: pl.DataFrame,
+        tables: KernelTables,
+        groups: Mapping[GroupKey, Sequence[SourceFeature]],
+    ) -> None:
+        self.view, self.frame, self.packed = view, frame, tables.packed
+        self.keys = Keys(frame, [_spine_columns(key) for key in groups if key.source in tables.packed])
+        self.reach: dict[GroupKey, int | None] = {}
+        for key, group in groups.items():
+            if key.source in self.packed:
+                alike = dataclasses.replace(key, where=None)
+                lengths = [self.reach.get(alike, 0), *map(_reach, group)]
+                self.reach[alike] = None if None in lengths else max(length or 0 for length in lengths)
+        self._found: dict[GroupKey, FoundEvents] = {}
+
+    @functools.cached_property
+    def moments(self) -> Ints:
+        return moments_of(self.frame, self.view.time)
+
+    def of(self, key: GroupKey, condition: pl.Expr | None) -> FoundEvents:
+        """Those of a group, which it shares with groups that differ in their conditions only."""
+        alike = dataclasses.replace(key, where=None)
+        if alike not in self._found:
+            reach, source = self.reach[alike], self.view.sources[key.source]
+            low = ALWAYS if reach is None else int(self.moments.min(initial=0)) - reach
+            wanted = self.keys.distinct(_spine_columns(key))
+            self._found[alike] = self.packed[key.source].find(
+                key.history.columns,
+                wanted,
+                str(source.event_time or source.time),
+                low,
+                int(self.moments.max(initial=0)),
+            )
+        found = self._found[alike]
+        return found if condition is None or key.where is None else found.filtered(key.where, condition)
+
+
+@functools.lru_cache(4096)
+def _reach(feature: SourceFeature) -> int | None:
+    """The length of the longest window, µs; None without a limit."""
+    lengths = [] if isinstance(feature, Lookup) else window_lengths(feature)
+    return None if None in lengths else max((length or 0 for length in lengths), default=0)
 
 
 @functools.lru_cache(4096)
@@ -241,7 +339,7 @@ def lookup_columns(feature: Lookup, spine: pl.DataFrame, dimension: pl.DataFrame
 def latest(feature: Latest, history: History) -> list[pl.Series]:
     """Columns of the last row in `[t − max_age, t)`."""
     last, found = history.spread(history.windows(feature.length, ordered=True), _last)
-    own = _taken(history.events, feature.renamed, last, found)
+    own = history.taken(feature.renamed, last, found)
     if feature.length is not None or history.prior is None:
         return own
     before = history.restored(history.prior.value(LATEST)).struct.unnest()
@@ -276,7 +374,7 @@ def _statistic(history: History, wanted: Statistic) -> pl.Series:
 
     values, valid = history.spread(history.windows(wanted.length, wanted.stat in ORDERED), one)
     if wanted.stat in ORDERED:
-        (own,) = _taken(history.events, {wanted.column: wanted.name}, values, valid)
+        (own,) = history.taken({wanted.column: wanted.name}, values, valid)
         if prior is None:
             return own
         before = cast_stored(pl.lit(history.restored(prior.value(f"{wanted.column} {wanted.stat}"))), own.dtype)
@@ -322,38 +420,54 @@ def _kept(dtype: pl.DataType) -> pl.DataType:
 
 
 class History:
-    """A source's events sorted by key and time, and where each spine row's windows lie in them."""
+    """A source's events sorted by key and time, and where each spine row's windows lie in them.
+
+    Args:
+        source: the source.
+        events: its events.
+        codes: of each event's key; none is negative.
+        moments: of the spine rows, µs.
+        spine_codes: of each spine row's key; negative if it has no events.
+        prior: the summary of earlier events, and the row of it that each spine row's key has (−1: none).
+    """
 
     def __init__(
         self,
+        source: Source,
+        events: pl.DataFrame | FoundEvents,
+        codes: Ints,
+        moments: Ints,
+        spine_codes: Ints,
+        prior: tuple[Summary, Ints] | None = None,
+    ) -> None:
+        self.source, self.events, self.moments = source, events, moments
+        known = _moments(events, str(source.time))
+        positions = known if source.event_time is None else _moments(events, source.event_time)
+        self.sorting = EventOrder(positions, codes, moments, spine_codes)
+        self.known = None if source.event_time is None else known
+        self._columns = Once()
+        self.until, self.prior, self.summed = None, None, None
+        if prior is not None:
+            summary, rows = prior
+            self.until, self.summed = summary.until, summary.length
+            self.prior = PriorSummary(summary.frame, rows[self.sorting.spine_order])
+
+    @classmethod
+    def of_frame(
+        cls,
         source: Source,
         keys: Sequence[tuple[str, str]],
         events: pl.DataFrame,
         spine: pl.DataFrame,
         time: str,
         summary: Summary | None = None,
-    ) -> None:
+    ) -> History:
+        """The history of all rows of a frame that have a key of the spine rows."""
         left, right = codes(spine, events, keys)
         if (right < 0).any():
             used = np.flatnonzero(right >= 0)
             events, right = events[used], right[used]
-        self.source = source
-        known = moments_of(events, str(source.time))
-        positions = known if source.event_time is None else moments_of(events, source.event_time)
-        self.moments = moments_of(spine, time)
-        self.sorting = EventOrder(positions, right, self.moments, left)
-        self.events = events
-        self.known = None if source.event_time is None else known
-        self._columns = Once()
-        self.until, self.prior, self.summed = None, None, None if summary is None else summary.length
-        if summary is not None:
-            spine_codes, summary_codes = codes(spine, summary.frame, keys)
-            row = np.full(int(summary_codes.max(initial=0)) + 2, -1, np.int64)
-            row[summary_codes] = np.arange(len(summary_codes))
-            self.until, self.prior = (
-                summary.until,
-                PriorSummary(summary.frame, np.where(spine_codes < 0, -1, row[spine_codes])[self.sorting.spine_order]),
-            )
+        return cls(source, events, right, moments_of(spine, time), left, _prior(keys, spine, summary))
 
     @lazy
     def rows(self) -> Ints:
@@ -366,8 +480,8 @@ class History:
         tied = self.sorting.ties()
         if not len(tied):
             return self.rows
-        by = self.source.ties(self.events.columns)
-        some = self.events.select(by).select(pl.all().gather(pl.Series(self.rows[tied])))
+        events = self.frame(self.source.ties(self.events.columns))
+        some = events.select(pl.all().gather(pl.Series(self.rows[tied])))
         some = some.select(pl.Series("__place", self.sorting.sorted_keys[tied]), pl.all())
         rows = self.rows.copy()
         rows[tied] = self.rows[tied][some.select(pl.arg_sort_by(some.columns)).to_series().to_numpy()]
@@ -412,21 +526,31 @@ class History:
         return made
 
     def _column(self, name: str, rows: Ints) -> Column:
-        series = self.events[name]
-        if series.dtype.is_float():  # neither null nor NaN counts as a value
-            numbers = series.to_numpy()[rows]
-            valid = ~np.isnan(numbers)
-            return Column(numbers, None if valid.all() else valid)
-        if series.dtype.is_integer() and not series.null_count():
-            return Column(series.to_numpy()[rows], None)
-        series = series[rows]
-        if series.dtype == pl.String:
-            series = series.cast(pl.Categorical(pl.Categories.random())).to_physical()
-        elif series.dtype.is_temporal() or series.dtype == pl.Boolean:
-            series = series.cast(pl.Int64)
-        if not series.null_count():
-            return Column(series.to_numpy(), None)
-        return Column(series.fill_null(0).to_numpy(), series.is_not_null().to_numpy())
+        if isinstance(self.events, FoundEvents):
+            found = self.events.numbers(name)
+            if found is not None:
+                return _column_of(found[0][rows], None if found[1] is None else found[1][rows])
+        return _column_of_series(self.frame([name])[name], rows)
+
+    def frame(self, columns: Sequence[str]) -> pl.DataFrame:
+        """Columns of the events, in the order of `rows`' numbers."""
+        return self.events[list(columns)] if isinstance(self.events, pl.DataFrame) else self.events.frame(columns)
+
+    def taken(self, renamed: Mapping[str, str], rows: Ints, found: Bools) -> list[pl.Series]:
+        """Columns of the events at `rows`, null where not found."""
+        if isinstance(self.events, pl.DataFrame):
+            return _taken(self.events, renamed, rows, found)
+        taken = {}
+        for column, name in renamed.items():
+            dtype = self.events.nothing[column].dtype
+            numbers = self.events.numbers(column) if dtype.is_numeric() and dtype != pl.UInt64 else None
+            if numbers is not None:
+                taken[column] = _taken_numbers(name, dtype, *numbers, rows, found)
+        others = {column: name for column, name in renamed.items() if column not in taken}
+        if others:
+            made = _taken(self.events.frame(list(others)), others, rows, found)
+            taken |= dict(zip(others, made, strict=True))
+        return [taken[column] for column in renamed]
 
     def spread(
         self, windows: Iterable[tuple[Ints, Ints, Ints]], function: Callable[..., tuple[Numbers, Bools]]
@@ -448,3 +572,62 @@ class History:
         back = np.empty(len(series), np.int64)
         back[self.sorting.spine_order] = np.arange(len(series))
         return series.gather(pl.Series(back))
+
+
+def _moments(events: pl.DataFrame | FoundEvents, time: str) -> Ints:
+    return moments_of(events, time) if isinstance(events, pl.DataFrame) else events.moments(time)
+
+
+def _prior(
+    keys: Sequence[tuple[str, str]], spine: pl.DataFrame, summary: Summary | None
+) -> tuple[Summary, Ints] | None:
+    """A summary, and the row of it that each spine row's key has."""
+    if summary is None:
+        return None
+    spine_codes, summary_codes = codes(spine, summary.frame, keys)
+    row = np.full(int(summary_codes.max(initial=0)) + 2, -1, np.int64)
+    row[summary_codes] = np.arange(len(summary_codes))
+    return summary, np.where(spine_codes < 0, -1, row[spine_codes])
+
+
+def _column_of(values: npt.NDArray[Any], valid: Bools | None) -> Column:
+    """A column of numbers; null and NaN are both no value."""
+    if values.dtype.kind == "f":
+        valid = ~np.isnan(values)
+    return Column(values, valid)
+
+
+def _column_of_series(series: pl.Series, rows: Ints) -> Column:
+    """A column in the order of `rows`."""
+    if series.dtype.is_float():
+        return _column_of(series.to_numpy()[rows], None)
+    if series.dtype.is_integer() and not series.null_count():
+        return Column(series.to_numpy()[rows], None)
+    series = series[rows]
+    if series.dtype == pl.String:
+        series = series.cast(pl.Categorical(pl.Categories.random())).to_physical()
+    elif series.dtype.is_temporal() or series.dtype == pl.Boolean:
+        series = series.cast(pl.Int64)
+    if not series.null_count():
+        return Column(series.to_numpy(), None)
+    return Column(series.fill_null(0).to_numpy(), series.is_not_null().to_numpy())
+
+
+def _taken_numbers(
+    name: str, dtype: pl.DataType, values: npt.NDArray[Any], valid: Bools | None, rows: Ints, found: Bools
+) -> pl.Series:
+    """As `_taken`, of one column of numbers."""
+    at = np.flatnonzero(found)
+    if valid is not None:
+        at = at[valid[rows[at]]]
+    some = values[rows[at]]
+    if dtype.is_float():
+        numbers = np.full(len(rows), np.nan, np.float32)
+        with np.errstate(over="ignore"):
+            numbers[at] = some
+        numbers[~np.isfinite(numbers)] = np.nan
+        return pl.Series(name, numbers, nan_to_null=True)
+    result: list[int | None] = [None] * len(rows)
+    for row, value in zip(at.tolist(), some.tolist(), strict=True):
+        result[row] = value
+    return pl.Series(name, result, pl.Int64)

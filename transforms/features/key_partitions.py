@@ -65,7 +65,7 @@ class KeyedEvents:
             alone = np.ones(len(clear), np.bool_)
             alone[again.to_numpy()] = False
             clear = clear.filter(pl.Series(alone))
-        self._keep(name, SourceRows(clear, read.dead_letters, read.digests))
+        self._keep(name, SourceRows(clear, read.dead_letters, read.digests, read.loaded))
 
     def finish(self) -> dict[str, BlockInput]:
         """Returns the dead letters and tallies of all added rows. The rows themselves are on disk."""

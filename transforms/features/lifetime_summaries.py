@@ -15,8 +15,8 @@ import polars as pl
 from schemas.features import ORDERED, Latest, Statistic, Trailing
 from schemas.sources import Source
 from transforms.features.window_statistics import Column
-from transforms.records.exact_sums import Floats
-from transforms.records.window_sums import Bools, Digits, Ints, Numbers, decompose, squared, window_sum, window_variance
+from transforms.records.arrays import Bools, Floats, Ints
+from transforms.records.window_sums import Digits, Numbers, decompose, squared, window_sum, window_variance
 
 # The column of a summary that has the last row; no key may have this name.
 LATEST = " latest"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, cast
 
 from schemas.errors import StoreError
 from schemas.features import Derived
 from schemas.views import FeatureView, lifetime_sources
 from transforms.sources.day_digests import Digests
-from transforms.storage.stored_json import DAMAGE, reason_of
+from transforms.storage.stored_json import DAMAGE, parse_object, reason_of
 
 # Manifests of version 1 have no version. They may name lifetime summaries that contain events twice or too early, days
 # that were computed from such summaries, and digests of rows that no longer existed when they were last read.
@@ -61,6 +61,25 @@ class ViewDescription(TypedDict, total=False):
     reaches: list[tuple[str, int]]
 
 
+class StoredManifest(TypedDict):
+    """A manifest as JSON: days and ends of summaries are text, being keys of objects; see `Manifest`.
+
+    Args:
+        about, version: not in manifests of version 1.
+    """
+
+    files: dict[str, dict[str, tuple[str, int, int]]]
+    covered: dict[str, list[tuple[int, int]]]
+    digests: dict[str, dict[str, tuple[int, int]]]
+    dropped: dict[str, dict[str, tuple[int, int]]]
+    dates: dict[str, int]
+    dimensions: dict[str, int]
+    looked_up: dict[str, int]
+    snapshots: dict[str, tuple[list[str], int]]
+    about: NotRequired[ViewDescription]
+    version: NotRequired[int]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Manifest:
     """What a feature table was computed from; stored with its commits.
@@ -73,7 +92,7 @@ class Manifest:
         dates: the digest of all inputs of each computed day of the spine.
         dimensions: the digest of each dimension as last used; `looked_up` has it for each computed day.
         snapshots: end of a summary of all history (µs) → its files and the digest of that history.
-        about: the view in terms that can be compared with another view (`column_reuse.describe`).
+        about: the view in terms that can be compared with another view (`column_reuse.describe_view`).
         version: the version of the rules by which it was made (`MANIFEST_VERSION`).
     """
 
@@ -98,34 +117,30 @@ class Manifest:
             StoreError: not a manifest.
         """
         try:
-            raw = json.loads(text)
-            by_day = {
-                name: {
-                    source: {int(day): tuple(value) for day, value in days.items()}
-                    for source, days in raw[name].items()
-                }
-                for name in ("digests", "dropped")
-            }
-            files = {
-                source: {path: tuple(value) for path, value in paths.items()} for source, paths in raw["files"].items()
-            }
-            covered = {source: [(low, high) for low, high in spans] for source, spans in raw["covered"].items()}
+            stored = cast(StoredManifest, parse_object(text))
             return cls(
-                files,
-                covered,
-                by_day["digests"],
-                by_day["dropped"],
-                _ints(raw["dates"]),
-                raw["dimensions"],
-                _ints(raw["looked_up"]),
-                {int(until): (tuple(files), digest) for until, (files, digest) in raw["snapshots"].items()},
-                raw.get("about", {}),
-                int(raw.get("version", 1)),
+                files={
+                    source: {path: (stamp, first, last) for path, (stamp, first, last) in paths.items()}
+                    for source, paths in stored["files"].items()
+                },
+                covered={source: [(low, high) for low, high in spans] for source, spans in stored["covered"].items()},
+                digests={source: _by_day(days) for source, days in stored["digests"].items()},
+                dropped={source: _by_day(days) for source, days in stored["dropped"].items()},
+                dates=_ints(stored["dates"]),
+                dimensions=stored["dimensions"],
+                looked_up=_ints(stored["looked_up"]),
+                snapshots={int(end): (tuple(names), digest) for end, (names, digest) in stored["snapshots"].items()},
+                about=stored.get("about", ViewDescription()),
+                version=int(stored.get("version", 1)),
             )
         except DAMAGE as error:
             raise StoreError(
                 "A feature table's manifest can be read", reason_of(error), "Recompute with --full"
             ) from None
+
+
+def _by_day(days: Mapping[str, tuple[int, int]]) -> Digests:
+    return {int(day): (rows, total) for day, (rows, total) in days.items()}
 
 
 def _ints(values: Mapping[str, int]) -> dict[int, int]:

@@ -34,6 +34,9 @@ MOST_SHARDS = 1000
 # Bytes of a dimension that every worker may hold.
 BROADCAST_BYTES = 64_000_000
 
+# Per range of a plan the bounds of its blocks, µs.
+Cuts = tuple[tuple[int, ...], ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -157,6 +160,7 @@ class PlanOptions:
         key_shards: partitions by key hash of each block; None: only blocks that would read too many rows have
             partitions.
         broadcast_bytes: a larger dimension is routed.
+        cuts: per range the bounds of its blocks; None: they follow from the rows.
     """
 
     everything: bool = False
@@ -166,6 +170,7 @@ class PlanOptions:
     shuffled: bool | None = None
     key_shards: int | None = None
     broadcast_bytes: float = BROADCAST_BYTES
+    cuts: Cuts | None = None
 
 
 def plan_blocks(
@@ -207,13 +212,10 @@ def _time_blocks(
     view: FeatureView, inventory: Inventory, ranges: Sequence[tuple[int, int]], options: PlanOptions
 ) -> list[Block]:
     """Returns the blocks of all ranges, without key shards."""
-    spine = inventory.slices[view.spine.name]
-    events = {name: inventory.slices[name] for name in view.events}
-    if not options.digest:  # a first run digests everything in its interval
-        events = {name: within_sight(view, inventory, name, *inventory.extent) for name in events}
+    spine, events = inventory.slices[view.spine.name], _events_in_sight(view, inventory, options)
+    every = options.cuts or block_cuts([(view, inventory)], ranges, options)
     blocks: list[Block] = []
-    for first, last in ranges:
-        cuts = _cuts(spine.overlapping(first, last), events, first, last, options.block_rows)
+    for (first, last), cuts in zip(ranges, every, strict=True):
         for start, end in itertools.pairwise(cuts):
             spans = _digested_spans(view, start, end, start == first, options) if options.digest else {}
             lows = {name: start - view.reach(name) for name in events}
@@ -235,6 +237,28 @@ def _time_blocks(
     if blocks and options.everything:
         blocks[0] = _with_timeless_rows(view, inventory, blocks[0])
     return blocks
+
+
+def _events_in_sight(view: FeatureView, inventory: Inventory, options: PlanOptions) -> dict[str, Slices]:
+    """The slices of each source of events that are read or digested."""
+    if options.digest:  # a first run digests everything in its interval
+        return {name: inventory.slices[name] for name in view.events}
+    return {name: within_sight(view, inventory, name, *inventory.extent) for name in view.events}
+
+
+def block_cuts(
+    views: Sequence[tuple[FeatureView, Inventory]], ranges: Sequence[tuple[int, int]], options: PlanOptions
+) -> Cuts:
+    """Per range the bounds of the blocks in which the views, which have one spine, are computed together."""
+    events: dict[str, Slices] = {}
+    for view, inventory in views:
+        for name, slices in _events_in_sight(view, inventory, options).items():
+            events[name] = max(events.get(name, slices), slices, key=len)
+    view, inventory = views[0]
+    spine = inventory.slices[view.spine.name]
+    return tuple(
+        tuple(_cuts(spine.overlapping(first, last), events, first, last, options.block_rows)) for first, last in ranges
+    )
 
 
 def within_sight(view: FeatureView, inventory: Inventory, name: str, start: int, end: int) -> Slices:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from datetime import date
+from typing import TypeVar
 
 from deltalake import DeltaTable
 
@@ -28,7 +29,14 @@ from transforms.features.column_reuse import Copies, find_copies
 from transforms.features.lifetime_snapshots import Chain, Snapshot, SnapshotSegment, chains, segments, usable_snapshot
 from transforms.features.manifest import EMPTY, WRITTEN_BEFORE, Manifest, continued, outdated
 from transforms.features.manifest_store import older_tables, read_manifest
-from transforms.features.plan import FeaturePlan, PlanOptions, plan_blocks, resolve_interval, rows_within
+from transforms.features.plan import (
+    FeaturePlan,
+    PlanOptions,
+    block_cuts,
+    plan_blocks,
+    resolve_interval,
+    rows_within,
+)
 from transforms.features.source_digests import Current, digest_changes
 from transforms.features.staleness import Stale, find_stale, usable_snapshots
 from transforms.records.times import ALWAYS, FOREVER, as_date, day_number, days_within, midnight
@@ -38,6 +46,7 @@ from transforms.storage.delta_tables import open_table
 from transforms.storage.paths import dead_letters_uri, features_uri
 
 Ranges = list[tuple[int, int]]
+Request = TypeVar("Request", bound="FeaturesRequest")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -249,7 +258,12 @@ def _plan(
     request: FeaturesRequest, inventory: Inventory, current: Current, ranges: Ranges, everything: bool
 ) -> FeaturePlan:
     """Divides the ranges into blocks."""
-    options = PlanOptions(
+    repeats = {name: each.first for name, each in current.repeats.items()}
+    return plan_blocks(request.view, inventory, ranges, repeats, _plan_options(request, current, everything))
+
+
+def _plan_options(request: FeaturesRequest, current: Current, everything: bool) -> PlanOptions:
+    return PlanOptions(
         everything=everything,
         digest=not current.digested,
         summarised=lifetime_sources(request.view),
@@ -258,8 +272,67 @@ def _plan(
         key_shards=request.key_shards,
         broadcast_bytes=request.broadcast_bytes,
     )
-    repeats = {name: each.first for name, each in current.repeats.items()}
-    return plan_blocks(request.view, inventory, ranges, repeats, options)
+
+
+def computed_together(works: Sequence[tuple[Request, PreparedRun]]) -> list[list[tuple[Request, PreparedRun]]]:
+    """Divides prepared runs into groups whose views are computed together, block by block; a group may have one view.
+
+    Views of a group have one spine and one key, compute the same ranges, and read slices into memory: none has windows
+    over all history, a shuffle, key shards, or a dimension too large to broadcast.  The plans of a group have blocks of
+    the same times.
+    """
+    groups: list[list[tuple[Request, PreparedRun]]] = []
+    for request, work in works:
+        for group in groups:
+            if _fit_together(group[0], (request, work)):
+                group.append((request, work))
+                break
+        else:
+            groups.append([(request, work)])
+    result: list[list[tuple[Request, PreparedRun]]] = []
+    for group in groups:
+        replanned = _with_common_blocks(group) if len(group) > 1 else None
+        result += [[each] for each in group] if replanned is None else [replanned]
+    return result
+
+
+def _fit_together(one: tuple[FeaturesRequest, PreparedRun], other: tuple[FeaturesRequest, PreparedRun]) -> bool:
+    """Whether two views can be computed together."""
+    (first, mine), (second, theirs) = one, other
+    if mine.plan is None or theirs.plan is None:
+        return False
+    return (
+        first.view.spine is second.view.spine
+        and first.view.key == second.view.key
+        and (mine.plan.ranges, mine.everything) == (theirs.plan.ranges, theirs.everything)
+        and not (mine.chains or theirs.chains)
+        and _in_memory(mine.plan)
+        and _in_memory(theirs.plan)
+    )
+
+
+def _in_memory(plan: FeaturePlan) -> bool:
+    """Whether each block reads its slices, and holds them and all dimensions in memory."""
+    return not plan.shuffled and not plan.routed and not any(block.shards for block in plan.blocks)
+
+
+def _with_common_blocks(group: Sequence[tuple[Request, PreparedRun]]) -> list[tuple[Request, PreparedRun]] | None:
+    """The runs with blocks of the same times; None if these would not fit in memory."""
+    request, first = group[0]
+    ranges = list(first.required_plan.ranges)
+    # A first run digests what it reads, so the cuts look at all of it.
+    digest = any(not work.current.digested for _, work in group)
+    options = dataclasses.replace(_plan_options(request, first.current, first.everything), digest=digest)
+    cuts = block_cuts([(each.view, work.required_inventory) for each, work in group], ranges, options)
+    result = []
+    for each, work in group:
+        own = dataclasses.replace(_plan_options(each, work.current, work.everything), cuts=cuts)
+        repeats = {name: found.first for name, found in work.current.repeats.items()}
+        plan = plan_blocks(each.view, work.required_inventory, ranges, repeats, own)
+        if not _in_memory(plan):
+            return None
+        result.append((each, dataclasses.replace(work, plan=plan)))
+    return result
 
 
 def _readable_manifest(view: FeatureView, table: DeltaTable | None) -> Manifest:

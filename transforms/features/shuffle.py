@@ -71,7 +71,7 @@ class Route(PrefetchDoFn):
             moments = np.sort(moments)
         wanted = [(SPINE, 0)] if name == spine else []
         wanted += [(name, self.view.reach(name))] if name in plan.contracts else []
-        for tag, reach in wanted:
+        for number, (tag, reach) in enumerate(wanted):
             seen = np.zeros(len(moments), np.bool_)
             for block in plan.blocks:
                 first, last = np.searchsorted(moments, [block.start - reach, block.end])
@@ -82,8 +82,9 @@ class Route(PrefetchDoFn):
             dead = _owned(read.dead_letters, plan, tag) if tag == SPINE or name != spine else read.dead_letters.clear()
             stray = int(_own(moments[~seen], plan, tag).sum()) if tag != SPINE else 0
             digests = read.digests if tag != SPINE or name not in plan.contracts else {}
+            loaded = read.loaded if number == 0 else 0
             yield pvalue.TaggedOutput(
-                "tallies", SourceTally(tallied_as, stray + len(dead), 0, stray, 0, len(dead), digests)
+                "tallies", SourceTally(tallied_as, stray + len(dead), 0, stray, 0, len(dead), digests, loaded)
             )
             if len(dead):
                 yield pvalue.TaggedOutput("dead_letters", dead_letters_batch(self.view, [dead]))

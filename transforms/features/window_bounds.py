@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 
 from transforms.features.window_statistics import Once
+from transforms.records.arrays import Bools, Ints
 from transforms.records.columns import whole_numbers
-from transforms.records.window_sums import Bools, Ints
 
 # Up to this many positions are searched for one by one; for more, one pass over all keys costs less.
 MANY = 20_000

@@ -14,17 +14,21 @@ Shapes: `values` has n elements, `lo` and `hi` (int64) have one per window, and 
 
 from __future__ import annotations
 
+import functools
+import math
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Generic, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from transforms.records.exact_sums import Floats
-from transforms.records.window_sums import Bools, ExactSum, Ints, squared, window_variance
+from transforms.records.arrays import Bools, Floats, Ints
+from transforms.records.window_sums import ExactSum, squared, window_variance
 
 Value = TypeVar("Value")
+# Up to this many windows are computed one by one, if together they are at most SHARED times as long as the column.
+FEW, SHARED = 256, 2
 
 
 class Once:
@@ -200,6 +204,9 @@ def statistic(column: Column, stat: str, lo: Ints, hi: Ints) -> tuple[npt.NDArra
     if stat == "count":
         return length, np.ones(len(lo), np.bool_)
     if stat == "n_unique":
+        if _one_by_one(column, lo, length):
+            distinct = [len(set(column.values[a:b].tolist())) for a, b in zip(lo.tolist(), hi.tolist(), strict=True)]
+            return np.array(distinct, np.int64), np.ones(len(lo), np.bool_)
         return column.previous.below(lo, hi, lo + 1), np.ones(len(lo), np.bool_)
     valid = length > (1 if stat in ("std", "var") else 0)
     everywhere = bool(valid.all())
@@ -210,8 +217,49 @@ def statistic(column: Column, stat: str, lo: Ints, hi: Ints) -> tuple[npt.NDArra
         rows[at] = column.position(some_lo if stat == "first" else some_hi - 1)
         return rows, valid
     result = np.zeros(len(lo))
-    result[at] = _number(column, stat, some_lo, some_hi)
+    if stat in _OF_ONE and _one_by_one(column, lo, length):
+        numbers, one = column.numbers, _OF_ONE[stat]
+        result[at] = [one(numbers[a:b]) for a, b in zip(some_lo.tolist(), some_hi.tolist(), strict=True)]
+    else:
+        result[at] = _number(column, stat, some_lo, some_hi)
     return result, valid
+
+
+def _one_by_one(column: Column, lo: Ints, length: Ints) -> bool:
+    """Whether windows are so few that what all windows of a column share would cost more than it saves."""
+    return len(lo) <= FEW and int(length.sum()) <= SHARED * (len(column.values) + 1)
+
+
+def _sum_of_one(values: Floats) -> float:
+    """The sum, rounded once."""
+    try:
+        return math.fsum(values.tolist())
+    except OverflowError:  # of a partial sum
+        return float(ExactSum(values).total(np.zeros(1, np.int64), np.array([len(values)]))[0])
+
+
+def _median_of_one(values: Floats) -> float:
+    ordered, n = np.sort(values), len(values)
+    return float((ordered[(n - 1) // 2] + ordered[n // 2]) / 2)
+
+
+def _quantile_of_one(values: Floats, q: float) -> float:
+    """As `Column.quantile`."""
+    ordered, at = np.sort(values), (len(values) - 1) * q
+    below = int(at)
+    a, b, t = ordered[below], ordered[min(below + 1, len(values) - 1)], at - below
+    return float(a + (b - a) * t if t < 0.5 else b - (b - a) * (1 - t))
+
+
+# Statistics of the values of one window that is not empty.
+_OF_ONE: Mapping[str, Callable[[Floats], float]] = {
+    "sum": _sum_of_one,
+    "mean": lambda values: _sum_of_one(values) / len(values),
+    "min": lambda values: float(values.min()),
+    "max": lambda values: float(values.max()),
+    "median": _median_of_one,
+    **{f"q{percent:02}": functools.partial(_quantile_of_one, q=percent / 100) for percent in range(1, 100)},
+}
 
 
 def _number(column: Column, stat: str, lo: Ints, hi: Ints) -> Floats:

@@ -21,6 +21,7 @@ from apache_beam.metrics import Metrics
 from apache_beam.ml.inference.base import ModelHandler
 
 from schemas.errors import MillraceError, MismatchError, StoreError
+from schemas.feature_rows import FeatureRows
 from schemas.live import SEEN, live_predictions, scorable
 from schemas.views import FeatureView
 from transforms.inference.live_records import BatchOrigin, Refusal, ServingModel, Swap
@@ -75,23 +76,26 @@ class LoadedModel:
         return self.scorer.version
 
 
-def check_model(bundle: Bundle, version: str, view: FeatureView, train: str) -> None:
+def check_model(bundle: Bundle, version: str, view: FeatureView | FeatureRows, train: str) -> None:
     """Checks that a model was trained on the features that the definition describes now.
 
     Args:
         bundle: the model.
         version: its version in the registry.
-        view: the view of the definition.
+        view: the view of the definition, or the feature rows of its model.
         train: the command that trains a model.
 
     Raises:
-        MismatchError: fingerprints or inputs differ.
+        MismatchError: fingerprints of a view or inputs differ.
     """
-    mine = (bundle.manifest["view"], bundle.fingerprint)
-    if mine != (view.name, view.fingerprint):
+    rows = view if isinstance(view, FeatureRows) else FeatureRows((view,))
+    views = bundle.manifest.get("views") or [{"view": bundle.manifest["view"], "fingerprint": bundle.fingerprint}]
+    then, now = [(each["view"], each["fingerprint"]) for each in views], [(v.name, v.fingerprint) for v in rows.views]
+    if then != now:
+        trained, described = ([f"{name}/{fingerprint}" for name, fingerprint in each] for each in (then, now))
         value = (
-            f"version {version} of {bundle.name!r} was trained on {mine[0]}/{mine[1]}, "
-            f"the definition describes {view.name}/{view.fingerprint}"
+            f"version {version} of {bundle.name!r} was trained on {' and '.join(trained)}, "
+            f"the definition describes {' and '.join(described)}"
         )
         fix = (
             f"Train again with: {train}; or restore the definition it was trained with. "
@@ -99,10 +103,10 @@ def check_model(bundle: Bundle, version: str, view: FeatureView, train: str) -> 
             "(see CHANGELOG.md): train again"
         )
         raise MismatchError("A model scores the features it was trained on (view/fingerprint)", value, fix)
-    known = {field.name: str(field.type) for field in view.output_schema}
+    known = {field.name: str(field.type) for field in rows.schema}
     wanted = bundle.encoders.inputs
     if wrong := [f"{name}: {kind}" for name, kind in wanted.items() if known.get(name) != kind]:
-        value = f"{', '.join(wrong)}, not in the view of {view.fingerprint}"
+        value = f"{', '.join(wrong)}, not in the view of {rows.fingerprint}"
         raise MismatchError(f"Version {version} takes inputs of the view", value, "Train again on this view")
 
 

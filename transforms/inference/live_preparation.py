@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 from schemas.errors import MillraceError, StoreError
 from schemas.live import live_predictions
-from schemas.loading import Definition
 from schemas.views import FeatureView
 from transforms.inference.champion_model import Serving, check_model, open_checked
 from transforms.inference.live_output import Outlet, begin_at
@@ -23,6 +22,7 @@ from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri
 from transforms.streaming.kafka import Broker, begin_offsets, ensure_topics, topic_of
 from transforms.streaming.kafka_admin import unread_offsets
+from transforms.streaming.live_job import LiveJob
 from transforms.streaming.live_tables import application_of, last_commit_record
 from transforms.streaming.micro_batches import SKIPPED
 
@@ -34,43 +34,31 @@ class LiveInferenceRequest:
     """What a live inference job is to do.
 
     Args:
-        definition: the definition of the view and the model.
-        store: the folder of the tables.
+        job: where the job reads and writes; a replay reads the live feature table instead of the features topic.
         registry: MLflow tracking URI.
-        run_id: the run.
         alias: the version with this alias scores.
         poll: interval between reads of the alias, µs.
         threads: XGBoost threads per worker.
-        broker: the broker; None if none is named.
-        replaying: whether the live feature table is read instead of the features topic.
         pace: replay: time between messages, µs.
-        prefix: the prefix of the names of all topics.
-        sinks: "table", "topic" or both.
         commit_every: minimum interval between commits, µs.
     """
 
-    definition: Definition
-    store: str
+    job: LiveJob
     registry: str
-    run_id: str
     alias: str
     poll: int
     threads: int
-    broker: Broker | None
-    replaying: bool
     pace: int
-    prefix: str
-    sinks: tuple[str, ...]
     commit_every: int
 
     @property
     def view(self) -> FeatureView:
-        return self.definition.view
+        return self.job.definition.view
 
     @property
     def model(self) -> str:
         """The registered name."""
-        return self.definition.require_model().name
+        return self.job.definition.require_model().name
 
     @property
     def name(self) -> str:
@@ -80,12 +68,12 @@ class LiveInferenceRequest:
     @property
     def topic(self) -> str:
         """The topic of feature rows."""
-        return topic_of(self.view, self.prefix)
+        return topic_of(self.view, self.job.prefix)
 
     @property
     def train_command(self) -> str:
         """The command that trains a model of the definition."""
-        return shlex.join(["millrace", "training", "--definition", self.definition.name, "--store", self.store])
+        return shlex.join(["millrace", "training", "--definition", self.job.definition.name, "--store", self.job.store])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,8 +99,8 @@ class LiveInferencePlan:
     @property
     def broker(self) -> Broker:
         """The broker of a job that reads or writes topics."""
-        assert self.request.broker is not None
-        return self.request.broker
+        assert self.request.job.broker is not None
+        return self.request.job.broker
 
     @property
     def finished(self) -> bool:
@@ -149,29 +137,29 @@ def prepare_live_inference(request: LiveInferenceRequest) -> LiveInferencePlan:
     outlet = Outlet(
         view,
         request.name,
-        request.store,
-        request.run_id,
-        prefix=request.prefix,
-        table="table" in request.sinks,
+        request.job.store,
+        request.job.run_id,
+        prefix=request.job.prefix,
+        table="table" in request.job.sinks,
         commit_every=request.commit_every,
-        kafka=None if request.replaying else request.broker,
+        kafka=None if request.job.replaying else request.job.broker,
         arm=ARM if request.alias == CHAMPION else request.alias,
     )
     serving = first_model(request, outlet)
     outlet = dataclasses.replace(outlet, classes=serving.classes)
     check_live_target(outlet)
     first_available: Mapping[int, int] = {}
-    if request.replaying:
+    if request.job.replaying:
         check_replayable(request)
     else:
-        assert request.broker is not None
-        first_available = begin_offsets(request.broker, [request.topic])[request.topic]
-    if "topic" in request.sinks:
-        assert request.broker is not None
-        ensure_topics(request.broker, outlet.topics)
+        assert request.job.broker is not None
+        first_available = begin_offsets(request.job.broker, [request.topic])[request.topic]
+    if "topic" in request.job.sinks:
+        assert request.job.broker is not None
+        ensure_topics(request.job.broker, outlet.topics)
     log.info("version %s of %r serves from the start", serving.first.version, request.model)
     start = begin_at(outlet, first_available or {0: 0})
-    group = f"millrace-{outlet.model}-{request.run_id}-{uuid.uuid4().hex[:8]}"
+    group = f"millrace-{outlet.model}-{request.job.run_id}-{uuid.uuid4().hex[:8]}"
     return LiveInferencePlan(request, serving, outlet, start, first_available, group)
 
 
@@ -180,7 +168,7 @@ def check_replayable(request: LiveInferenceRequest) -> None:
     Raises:
         StoreError: there is no live feature table.
     """
-    uri = features_live_uri(request.store, request.view.name, request.view.fingerprint)
+    uri = features_live_uri(request.job.store, request.view.name, request.view.fingerprint)
     if open_table(uri) is None:
         fix = "Run first: millrace features --streaming, or read a topic with --source kafka"
         raise StoreError("A replay reads the live feature table", f"no table at {uri}", fix)

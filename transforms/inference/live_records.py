@@ -11,10 +11,10 @@ import json
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
+from transforms.records.arrays import Floats
 from transforms.records.frame_packets import Head, pack, unpack
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
 
@@ -248,7 +248,7 @@ class PredictionsStatus:
     at: int
     periods: tuple[ServingPeriod, ...]
     refused: tuple[Refusal, ...]
-    lag: npt.NDArray[np.float64]
+    lag: Floats
 
     def to_json(self) -> dict[str, object]:
         quantiles = np.quantile(self.lag, (0.5, 0.99, 1)).round(4).tolist() if len(self.lag) else []

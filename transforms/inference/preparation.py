@@ -11,9 +11,9 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from schemas.errors import DataError, MismatchError, StoreError
+from schemas.feature_rows import FeatureRows
 from schemas.loading import Definition
 from schemas.tables import predictions
-from schemas.views import FeatureView
 from transforms.features.manifest_store import warn_of_outdated
 from transforms.inference.champion_model import check_model
 from transforms.models.bundle import Bundle, bundle_digest, load_bundle
@@ -22,6 +22,7 @@ from transforms.models.scoring import PinnedModel, columns_read
 from transforms.storage.date_spans import partition_days
 from transforms.storage.delta_tables import CommitTarget, DataFile, data_files, days_between, delta_schema, open_table
 from transforms.storage.feature_tables import open_feature_table
+from transforms.storage.joined_features import TableFiles
 from transforms.storage.paths import features_uri, predictions_uri
 from transforms.storage.tfrecord_io import matching_files
 
@@ -61,16 +62,18 @@ class InferencePlan:
         model: version, folder and digest of the model.
         bundle: the model, loaded and checked.
         columns: columns of the feature table that the predictions need.
-        files: files of the feature table; empty if TFRecord files are read.
-        paths: TFRecord files; empty if the table is read.
-        features: address and version of the feature table, or the pattern of TFRecord files.
+        rows: which table each column comes from.
+        tables: files of the feature table of each view; empty if TFRecord files are read.
+        paths: TFRecord files; empty if tables are read.
+        features: address and version of the feature tables, or the pattern of TFRecord files.
         target: the dates of the predictions table to replace; its dates are None if TFRecord files decide them.
     """
 
     model: PinnedModel
     bundle: Bundle
     columns: pa.Schema
-    files: tuple[DataFile, ...]
+    rows: FeatureRows
+    tables: TableFiles
     paths: tuple[str, ...]
     features: str
     target: CommitTarget
@@ -84,20 +87,21 @@ def prepare_inference(request: InferenceRequest) -> InferencePlan:
         MismatchError: fingerprints or schemas differ.
         DataError: the interval has no rows.
     """
-    view, name = request.definition.view, request.definition.require_model().name
+    declared = request.definition.require_model()
+    view, name, rows = declared.view, declared.name, declared.rows
     model, bundle = pinned(request, name)
-    check_model(bundle, model.version, view, _command("training", request))
-    schema = pa.schema([view.output_schema.field(column) for column in columns_read(bundle)])
+    check_model(bundle, model.version, rows, _command("training", request))
+    schema = pa.schema([rows.schema.field(column) for column in columns_read(bundle)])
     uri = predictions_uri(request.store, name)
     written = predictions(view.output_schema, view.key, view.time, bundle.classes)  # type: ignore[arg-type]
     base = None if request.output_tfrecord else predictions_version(uri, written)
     paths: tuple[str, ...] = ()
-    files: tuple[DataFile, ...] = ()
+    tables: TableFiles = ()
     dates: tuple[date, ...] | None = None
     if request.input_tfrecord:
         paths, features = tuple(matching_files(request.input_tfrecord)), request.input_tfrecord
     else:
-        features, files, dates = feature_files(request, view, schema, predicted_days(uri, base, request))
+        features, tables, dates = feature_files(request, rows, schema, predicted_days(uri, base, request))
     metadata = {
         "pipeline": "inference",
         "model": name,
@@ -105,12 +109,12 @@ def prepare_inference(request: InferenceRequest) -> InferencePlan:
         "fingerprint": bundle.fingerprint,
         "features": features,
     }
-    days = 1  # nothing is known about rows in TFRecord files before they are read
-    if files and not request.output_tfrecord:
-        span = files[0].date, files[-1].date
-        days = partition_days(uri, open_table(uri), sum(file.rows for file in files), span)
+    days = 1  # of rows from TFRecord files nothing is known before they are read
+    if tables and tables[0] and not request.output_tfrecord:
+        span = tables[0][0].date, tables[0][-1].date
+        days = partition_days(uri, open_table(uri), sum(file.rows for file in tables[0]), span)
     target = CommitTarget(uri, written, dates, request.run_id, base, None, metadata, days)
-    return InferencePlan(model, bundle, schema, files, paths, features, target)
+    return InferencePlan(model, bundle, schema, rows, tables, paths, features, target)
 
 
 def pinned(request: InferenceRequest, name: str) -> tuple[PinnedModel, Bundle]:
@@ -126,9 +130,9 @@ def pinned(request: InferenceRequest, name: str) -> tuple[PinnedModel, Bundle]:
 
 
 def feature_files(
-    request: InferenceRequest, view: FeatureView, schema: pa.Schema, predicted: Sequence[date] = ()
-) -> tuple[str, tuple[DataFile, ...], tuple[date, ...]]:
-    """Returns address and version of the feature table, its files in the interval, and the dates of the interval.
+    request: InferenceRequest, rows: FeatureRows, schema: pa.Schema, predicted: Sequence[date] = ()
+) -> tuple[str, TableFiles, tuple[date, ...]]:
+    """Returns addresses and versions of the feature tables, their files in the interval, and its dates.
 
     An open end of the interval is where both the rows and the predictions end: predictions of rows that are gone must
         not stay.
@@ -136,20 +140,29 @@ def feature_files(
     Args:
         predicted: dates in the interval that have predictions.
     """
-    uri = features_uri(request.store, view.name, view.fingerprint)
     again = _command("features", request)
-    table = open_feature_table(uri, again)
-    check_fields(uri, table, schema, f"Compute them again with: {again}")
-    warn_of_outdated(view, table)
-    every = data_files(table)
-    files = tuple(data_files(table, request.start, request.end))
-    dated = sorted({*(file.date for file in files), *predicted})
+    names, every, tables = list[str](), list[DataFile](), list[tuple[DataFile, ...]]()
+    for view in rows.views:
+        uri = features_uri(request.store, view.name, view.fingerprint)
+        table = open_feature_table(uri, again)
+        read = (
+            schema
+            if len(rows.views) == 1
+            else pa.schema([view.output_schema.field(name) for name in rows.read_from(view, schema.names)])
+        )
+        check_fields(uri, table, read, f"Compute them again with: {again}")
+        warn_of_outdated(view, table)
+        every += data_files(table)
+        tables.append(tuple(data_files(table, request.start, request.end)))
+        names.append(f"{uri}@{table.version()}")
+    dated = sorted({*(file.date for files in tables for file in files), *predicted})
     if not dated:
+        every.sort(key=lambda file: file.date)
         has = f"{every[0].date} to {every[-1].date}" if every else "none at all"
         value = f"none in [{request.start or 'the first'}, {request.end or 'the last'}) of {uri}, which has {has}"
         raise DataError("The interval has feature rows", value, f"Compute them with: {again}")
     dates = days_between(request.start or dated[0], request.end or dated[-1] + timedelta(days=1))
-    return f"{uri}@{table.version()}", files, dates
+    return ", ".join(names), tuple(tables), dates
 
 
 def predicted_days(uri: str, base: int | None, request: InferenceRequest) -> tuple[date, ...]:

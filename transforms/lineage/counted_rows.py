@@ -27,13 +27,14 @@ from transforms.lineage.feature_parity import (
     rejected_spine_rows,
     topic_dead_letters,
 )
-from transforms.lineage.visible_rows import Bools, VisibleRows, gone_at, memory_of, read_accepted, shown_at
+from transforms.lineage.visible_rows import VisibleRows, gone_at, memory_of, read_accepted, shown_at
+from transforms.records.arrays import Bools, Ints
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import check_rows
 from transforms.sources.inventory import Inventory, take_inventory
 from transforms.sources.listing import require_unchanged
 from transforms.sources.reader import read_raw, repeats_of, without_repeats
-from transforms.sources.repeats import NEVER_REPEATED, Ints
+from transforms.sources.repeats import NEVER_REPEATED
 from transforms.storage.delta_tables import data_files, open_table, read_file, table_root
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import source_uri, sources_root

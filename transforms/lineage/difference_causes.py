@@ -30,9 +30,9 @@ from transforms.lineage.counted_rows import (
     Sides,
 )
 from transforms.lineage.feature_parity import _by_dates, _computed, _differ, cuts_of, disturbed_by
-from transforms.lineage.visible_rows import Bools
+from transforms.records.arrays import Bools, Ints
 from transforms.records.times import day_of
-from transforms.sources.repeats import NEVER_REPEATED, Ints
+from transforms.sources.repeats import NEVER_REPEATED
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri

@@ -17,28 +17,31 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import DefinitionError, StoreError, nearest
 from schemas.features import Derived, Latest, Lookup, Trailing
-from schemas.loading import Definition
+from schemas.live import repeats_by
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.features.manifest_store import read_manifest
+from transforms.records.arrays import Bools
 from transforms.records.record_batches import frame
 from transforms.records.row_hashing import row_ids
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import open_parquet, source_files, survey_source
+from transforms.sources.repeats import KnownOrder
 from transforms.storage.delta_log import logged_versions
 from transforms.storage.delta_tables import data_files, open_table, read_file, write_file_atomically
 from transforms.storage.paths import folders, source_uri, sources_root, table_path_in_store, tables_below
-from transforms.storage.rewriting import Matches, matching_rows, purge, rewrite_delta, write_without
+from transforms.storage.rewriting import Matches, Revise, matching_rows, purge, rewrite_delta, write_without
 from transforms.storage.run_markers import MARKER
 from transforms.storage.stored_json import DAMAGE, explain_damage, parse_object, read_regular
-from transforms.storage.vacuum import TEMPORARY_FILE, files_below
+from transforms.storage.vacuum import TEMPORARY_FILE, files_below, tables_of
+from transforms.streaming.beginnings import HISTORY_PARTITION
+from transforms.streaming.fates import known_columns, known_order
 from transforms.streaming.live_dimensions import rewrite_versions
 from transforms.streaming.messages import ORIGIN_TYPES
 from transforms.streaming.pending_spine_rows import about_spine_rows
@@ -115,7 +118,7 @@ class SourceFiles:
     paths: tuple[str, ...]
     contract: Contract
 
-    def matches(self, condition: Condition, group: pa.Table, path: str) -> npt.NDArray[np.bool_]:
+    def matches(self, condition: Condition, group: pa.Table, path: str) -> Bools:
         """Whether each row of a row group is to be erased."""
         return condition.of(self.rows(group, path, condition.columns)).to_numpy()
 
@@ -132,15 +135,15 @@ class Erasure:
     """What is to be erased, and where.
 
     Args:
-        definition: the definition that declares the source.
-        condition: the condition for the rows.
-        store: the folder of the store.
+        views: all that the definition names, which declares the source.
+        condition: the rows.
+        store: its folder.
         roots: folders of sources; the store's own is always one.
         run_id: part of the names of the files that are written.
         keep_sources: whether the rows stay in the folders `roots`, because another store reads them too.
     """
 
-    definition: Definition
+    views: tuple[FeatureView, ...]
     condition: Condition
     store: str
     roots: tuple[str, ...]
@@ -231,14 +234,14 @@ class Erasure:
         ]
 
     def _trained(self, manifest: Mapping[str, object]) -> bool:
-        table, label, sources = (manifest.get(each) or {} for each in ("feature_table", "label_table", "sources"))
-        assert isinstance(table, Mapping)
+        label, sources = (manifest.get(each) or {} for each in ("label_table", "sources"))
+        tables = tables_of(manifest)
         assert isinstance(label, Mapping)
         assert isinstance(sources, Mapping)
-        if not table or self.source.name in sources:
+        if not tables or self.source.name in sources:
             return True
         return (
-            table_path_in_store(str(table.get("uri"))) in self.feature_tables
+            any(table_path_in_store(str(table.get("uri"))) in self.feature_tables for table in tables)
             or str(label.get("uri", "")).rstrip("/").rsplit("/", 1)[-1] == self.source.name
         )
 
@@ -266,7 +269,7 @@ class Erasure:
         """
         names = [self.source.name, *(f"{view}.features" for view in self._views())]
 
-        def matches(group: pa.Table, path: str) -> npt.NDArray[np.bool_]:
+        def matches(group: pa.Table, path: str) -> Bools:
             rows = frame(group)
             hit = rows["source"].is_in(names)
             if "place" in rows.columns:
@@ -280,9 +283,9 @@ class Erasure:
 
     @functools.cached_property
     def live_origins(self) -> pl.DataFrame:
-        """The origins of the accepted rows of a live job that are erased."""
+        """Where a live job had the rows from that it accepted and that are erased."""
         found = [pl.DataFrame(schema={name: ORIGIN_TYPES[name] for name in ORIGIN_COLUMNS})]
-        for place in self.places if self.source.name == self.definition.view.spine.name else ():
+        for place in self.places if any(self.source.name == view.spine.name for view in self.views) else ():
             for path in place.paths:
                 file = place.open(path)
                 if not set(ORIGIN_COLUMNS) <= set(file.schema_arrow.names):
@@ -295,7 +298,7 @@ class Erasure:
 
     def _views(self) -> set[str]:
         live = self._tables("features_live")
-        return {self.definition.view.name, *(name.split("/")[1] for name in (*live, *self.feature_tables))}
+        return {*(view.name for view in self.views), *(name.split("/")[1] for name in (*live, *self.feature_tables))}
 
     @functools.cached_property
     def _erased_or_repeating(self) -> pl.DataFrame:
@@ -316,9 +319,9 @@ class Erasure:
     @functools.cached_property
     def live_row_ids(self) -> pl.Series:
         """Ids of the live feature rows of erased rows, and of those that could see one of them."""
-        found = [pl.Series("row_id", [], pl.Int64)]
+        found, known = [pl.Series("row_id", [], pl.Int64)], {view.name: view for view in self.views}
         for name in self._tables("features_live"):
-            view = self.definition.view if name.split("/")[1] == self.definition.view.name else None
+            view = known.get(name.split("/")[1])
             table = open_table(self._uri(name))
             for file in [] if table is None else data_files(table):
                 rows = frame(read_file(file))
@@ -351,7 +354,8 @@ class Erasure:
         columns."""
         keys = [
             [column for _, column in feature.keys]
-            for feature in self.definition.view.features
+            for view in self.views
+            for feature in view.features
             if isinstance(feature, Lookup) and feature.source.name == self.source.name
         ]
 
@@ -366,11 +370,12 @@ class Erasure:
     @functools.cached_property
     def row_ids(self) -> pl.Series:
         """Ids of the feature rows of the erased rows, if the source is the spine."""
-        view = self.definition.view
-        names = [*view.key, view.time]
-        if self.source.name != view.spine.name or any(name not in self.erased.columns for name in names):
-            return pl.Series("row_id", [], pl.Int64)
-        return row_ids(view.name, [self.erased[name] for name in names])
+        found = [pl.Series("row_id", [], pl.Int64)]
+        for view in self.views:
+            names = [*view.key, view.time]
+            if self.source.name == view.spine.name and all(name in self.erased.columns for name in names):
+                found.append(row_ids(view.name, [self.erased[name] for name in names]))
+        return pl.concat(found)
 
     def erase_predictions(self, live_row_ids: Collection[int]) -> tuple[int, set[int]]:
         """Removes predictions for the erased rows, and those of live feature rows with these ids.
@@ -382,7 +387,7 @@ class Erasure:
         for name in (*self._tables("predictions"), *self._tables("predictions_live")):
             gone = pl.Series(live_row_ids if name.startswith("predictions_live/") else [], dtype=pl.Int64)
 
-            def matches(group: pa.Table, path: str, gone: pl.Series = gone) -> npt.NDArray[np.bool_]:
+            def matches(group: pa.Table, path: str, gone: pl.Series = gone) -> Bools:
                 rows = frame(group)
                 hit = self._predicted(rows) | rows["row_id"].is_in(gone.implode())
                 ids.update(rows["prediction_id"].filter(hit).to_list())
@@ -473,7 +478,8 @@ class Erasure:
                 continue
             matches = functools.partial(place.matches, self.condition)
             if place.delta:
-                count += rewrite_delta(place.folder, matches, self.metadata, place.open)
+                revise = self._recounted(place)
+                count += rewrite_delta(place.folder, matches, self.metadata, place.open, revise)
                 purge(place.folder)
                 continue
             for path in place.paths:
@@ -483,6 +489,32 @@ class Erasure:
                 if TEMPORARY_FILE.fullmatch(os.path.basename(file.path)):
                     os.remove(file.path)
         return count
+
+    def _recounted(self, place: SourceFiles) -> Revise:
+        """Marks accepted rows as counted that repeated an erased one.
+
+        Whether a row of history counts, or one of a store of before, is decided when it is accepted and then only
+        stored (`fates`).  Of one `unique` value, the first row that is left counts if one that did is erased.
+        """
+        name = self.source.name
+        view = next((each for each in self.views if name in each.events and repeats_by(each, name)), None)
+        if view is None:
+            return lambda rows: rows
+        order, found = known_order(view, name), list[pl.DataFrame]()
+        for path in place.paths:
+            file = place.open(path)
+            if not {*ORIGIN_COLUMNS, "__counted", *order.unique} <= set(file.schema_arrow.names):
+                return lambda rows: rows  # no accepted rows
+            for number in range(file.num_row_groups):
+                group = file.read_row_group(number)
+                columns = list(dict.fromkeys([*order.unique, order.time, *known_columns(view, name)]))
+                rows = place.rows(group, path, columns)
+                fates = frame(group.select([each for each in FATES if each in group.column_names]))
+                stored = pl.concat([rows, fates], how="horizontal").with_columns(
+                    pl.Series("#gone", place.matches(self.condition, group, path))
+                )
+                found.append(stored.join(self.erased, on=order.unique, how="semi"))
+        return _counting(newly_counted(order, pl.concat(found, how="diagonal"))) if found else lambda rows: rows
 
     def unread_files(self) -> list[str]:
         """Files beside those of the source that no command reads, and that an erasure does not change."""
@@ -495,10 +527,46 @@ class Erasure:
         )
 
 
+# Columns of accepted rows that say where they come from and whether they count.
+FATES = (*ORIGIN_COLUMNS, "__counted", "__uncompared")
+
+
+def newly_counted(order: KnownOrder, rows: pl.DataFrame) -> pl.DataFrame:
+    """The origins of rows that count from now on, of those whose fate is stored.
+
+    Args:
+        order: of the source.
+        rows: accepted rows with `FATES` and `#gone`, whether they are erased.
+    """
+    if "__uncompared" not in rows.columns:
+        rows = rows.with_columns(pl.lit(None, pl.Boolean).alias("__uncompared"))
+    stored = rows.filter((pl.col("__partition") == HISTORY_PARTITION) | pl.col("__uncompared").is_null())
+    counts = pl.col("__counted").fill_null(True)
+    lost = stored.filter("#gone", counts)
+    left = stored.filter(~pl.col("#gone"))
+    left = left.join(lost, on=order.unique, how="semi").join(left.filter(counts), on=order.unique, how="anti")
+    return order.first(left).select(ORIGIN_COLUMNS)
+
+
+def _counting(origins: pl.DataFrame) -> Revise:
+    def revise(rows: pa.Table) -> pa.Table:
+        if not len(origins):
+            return rows
+        mine = frame(rows.select(ORIGIN_COLUMNS)).with_row_index("#")
+        at = mine.join(origins.cast({name: mine.schema[name] for name in ORIGIN_COLUMNS}), on=ORIGIN_COLUMNS)["#"]
+        if not len(at):
+            return rows
+        hit = pl.Series(np.isin(np.arange(len(rows)), at.to_numpy()))
+        counted = frame(rows.select(["__counted"]))["__counted"] | hit
+        return rows.set_column(rows.column_names.index("__counted"), "__counted", counted.to_arrow())
+
+    return revise
+
+
 def _with_ids(row_ids: Collection[int]) -> Matches:
     ids = pl.Series(list(row_ids), dtype=pl.Int64)
 
-    def matches(group: pa.Table, path: str) -> npt.NDArray[np.bool_]:
+    def matches(group: pa.Table, path: str) -> Bools:
         return frame(group.select(["row_id"]))["row_id"].is_in(ids.implode()).to_numpy()
 
     return matches

@@ -21,10 +21,11 @@ from schemas.errors import DataError
 from schemas.views import FeatureView, reached_from
 from transforms.features.kernel import KernelTables, compute
 from transforms.lineage.erasure_records import Erased
-from transforms.lineage.visible_rows import Bools, VisibleRows, read_accepted, seen_of
+from transforms.lineage.visible_rows import VisibleRows, read_accepted, seen_of
+from transforms.records.arrays import Bools, Ints
 from transforms.records.row_hashing import row_ids
 from transforms.sources.dead_letters import VIEW_DEAD_LETTERS
-from transforms.sources.repeats import NEVER_REPEATED, Ints
+from transforms.sources.repeats import NEVER_REPEATED
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root

@@ -9,21 +9,19 @@ from collections.abc import Sequence
 from datetime import date, timedelta
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from schemas.live import accepted, repeats_by
 from schemas.views import FeatureView, lifetime_sources
+from transforms.records.arrays import Ints
 from transforms.records.times import days_in
-from transforms.sources.repeats import NEVER_REPEATED, Ints
+from transforms.sources.repeats import NEVER_REPEATED
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import source_uri, sources_root
 from transforms.streaming.accepted_rows import accepted_file
 from transforms.streaming.fates import FATE_COLUMNS, RepeatMemory, known_columns, known_order, repeated_from
 from transforms.streaming.live_tables import source_record
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, cut_of, row_identity
-
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,12 +8,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from schemas.errors import StoreError
+from transforms.models.registry_content import RegistryContent
 from transforms.models.stored_records import ChampionMove
 from transforms.storage.stored_json import DAMAGE, parse_record
 
@@ -79,20 +80,25 @@ class ChampionMoves:
         next move removes it.  A move holds `only_move`.
 
     Args:
-        client: MLflow's client.
+        content: where alias and records are read.
         name: the registered model.
+        client: MLflow's client, to move the alias.
     """
 
-    def __init__(self, client: MlflowClient, name: str) -> None:
-        self.client, self.name = client, name
+    def __init__(self, content: RegistryContent, name: str, client: MlflowClient | None = None) -> None:
+        self.content, self.name, self._client = content, name, client
         self.read()
+
+    @property
+    def client(self) -> MlflowClient:
+        if self._client is None:
+            raise ValueError("the alias is moved with MLflow's client")
+        return self._client
 
     def read(self) -> None:
         """Read alias and records."""
-        found = self.client.search_registered_models(f"name='{self.name}'")
-        model = self.client.get_registered_model(self.name) if found else None
-        aliases: Mapping[str, object] = model.aliases if model else {}
-        self.champion = None if CHAMPION not in aliases else str(aliases[CHAMPION])
+        model = self.content.model(self.name)
+        self.champion = model.aliases.get(CHAMPION) if model else None
         self.tags: dict[str, ChampionMove] = {}
         for tag, text in (model.tags if model else {}).items():
             if tag.startswith(f"{CHAMPION}.") and (record := _parsed(tag, text)) is not None:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from schemas import encoders
 from schemas.errors import DataError, MismatchError, nearest
-from transforms.records.exact_sums import Counts, Floats
+from transforms.records.arrays import Bools, Floats, Ints
 from transforms.records.row_hashing import hash_column
 
 log = logging.getLogger("millrace.training")
@@ -292,7 +292,7 @@ def is_whole(kind: str) -> bool:
     return kind in ("int32", "int64")
 
 
-def as_int64(column: pa.Array) -> tuple[Counts, npt.NDArray[np.bool_]]:
+def as_int64(column: pa.Array) -> tuple[Ints, Bools]:
     """An integer column as int64, with 0 for null, and whether each value is known."""
     known = column.is_valid().to_numpy(zero_copy_only=False)
     values = (pc.fill_null(column, 0) if column.null_count else column).to_numpy(zero_copy_only=False)
@@ -308,7 +308,7 @@ def columns_needed(least: int, greatest: int) -> int:
     return next((count for count, bound in _PARTS if greatest - least <= bound), 3)
 
 
-def _difference(whole: Counts, base: int) -> Floats:
+def _difference(whole: Ints, base: int) -> Floats:
     """x − base as the nearest double, without overflow."""
     high, low = (whole >> 32) - (base >> 32), (whole & 0xFFFFFFFF) - (base & 0xFFFFFFFF)
     return high * 2.0**32 + low

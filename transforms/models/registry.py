@@ -48,14 +48,15 @@ from transforms.models.registry_address import (
     sqlite_uri,
     without_password,
 )
+from transforms.models.registry_content import EmptyContent, MlflowContent, RegistryContent, sqlite_content
 from transforms.models.stored_records import ChampionMove, RequestExample
 from transforms.storage import durable
+from transforms.storage.bounded import NoResponse, first_contact
 from transforms.storage.paths import MANIFEST
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
-    from mlflow.entities.model_registry import ModelVersion
 
 __all__ = ["CHAMPION", "Registry", "registry_uri"]
 
@@ -170,19 +171,19 @@ class Registry:
 
     def bearer(self, name: str, alias: str) -> str | None:
         """The version that has `alias`, or None."""
-        with self.client() as client:
-            return None if client is None else self._aliases(client, name).get(alias)
+        with self.reading() as content:
+            return _aliases(content, name).get(alias)
 
     def numbers(self, name: str) -> list[str]:
         """Versions that Millrace registered under `name`, oldest first."""
-        with self.client() as client:
-            found = {} if client is None else self._versions(client, name)
+        with self.reading() as content:
+            found = content.versions(name)
         return [version for version, each in found.items() if DIGEST in each.tags]
 
     def run_of(self, name: str, version: str) -> str:
         """The id of the run that registered a version, or "" if it is not recorded."""
-        with self.client() as client:
-            found = {} if client is None else self._versions(client, name)
+        with self.reading() as content:
+            found = content.versions(name)
         return str(found[version].tags.get(RUN, "")) if version in found else ""
 
     def resolve(self, name: str, version: str | int | None = None) -> tuple[str, str]:
@@ -207,12 +208,12 @@ class Registry:
         Raises:
             StoreError: no such model or version, no champion.
         """
-        with self.client() as client:
-            versions = {} if client is None else self._versions(client, name)
-            if client is None or not versions:
+        with self.reading() as content:
+            versions = content.versions(name)
+            if not versions:
                 value = f"no model {name!r} in {self.uri}"
                 raise StoreError("A model is registered before it is used", value, "Train one with: millrace training")
-            if version is None and (version := self._aliases(client, name).get(CHAMPION)) is None:
+            if version is None and (version := _aliases(content, name).get(CHAMPION)) is None:
                 value = f"{name!r} with versions {', '.join(versions)}"
                 raise StoreError(
                     "A model has a champion once one passed its gates",
@@ -225,26 +226,21 @@ class Registry:
                     repr(str(version)),
                     f"Registered: {', '.join(versions) or 'none'}",
                 )
-            folder = self._folder(client, name, found)
+            recorded = content.address(name, found.version)
         if (expected := found.tags.get(DIGEST)) is None:
             value = f"version {version} of {name!r} without the tag {DIGEST}"
             raise StoreError(
                 "Millrace scores with models that it registered", value, "Register it with: millrace training"
             )
-        return str(version), folder, expected
+        return found.version, self._folder(recorded, found.run_id), expected
 
     def models(self) -> list[tuple[str, str]]:
         """(Name, version) of every model that Millrace registered, by name and version."""
-        with self.client() as client:
-            names, page = [], "" if client is not None else None
-            while page is not None:
-                found = client.search_registered_models(max_results=1000, page_token=page or None)
-                names += [model.name for model in found]
-                page = found.token or None
+        with self.reading() as content:
             return [
                 (name, version)
-                for name in sorted(names)
-                for version, each in self._versions(client, name).items()
+                for name in content.names()
+                for version, each in content.versions(name).items()
                 if DIGEST in each.tags
             ]
 
@@ -278,7 +274,7 @@ class Registry:
         """
         with self._moves(name) as moves:
             target = moves.previous()
-            self._require(moves.client, name, target)
+            _require(moves.content, name, target)
             before = moves.promote(target, f"{ROLLBACK}{why}", who or _user(), RETURN)
             return str(before), target
 
@@ -286,52 +282,41 @@ class Registry:
     def _moves(self, name: str, version: str | None = None) -> Iterator[ChampionMoves]:
         """The moves of a model's alias, while no other process can move it."""
         with self.client() as client:
+            content: RegistryContent = EmptyContent() if client is None else MlflowContent(client)
             if client is None or version is not None:
-                self._require(client, name, version or "")
+                _require(content, name, version or "")
             path = sqlite_path(self.uri)
             with only_move(None if path is None else path.parent):
-                yield ChampionMoves(client, name)
-
-    def _require(self, client: MlflowClient, name: str, version: str) -> None:
-        """Refuse a version that is not registered."""
-        versions = {} if client is None else self._versions(client, name)
-        if version not in versions:
-            raise StoreError(
-                f"Model {name!r} has the version to promote",
-                repr(version),
-                f"Registered: {', '.join(versions) or 'none'}",
-            )
+                yield ChampionMoves(content, name, client)
 
     def versions(self, name: str) -> list[RegisteredVersion]:
         """Every version that Millrace registered, oldest first."""
-        with self.client() as client:
-            if client is None:
-                return []
-            champion = self._aliases(client, name).get(CHAMPION)
+        with self.reading() as content:
+            champion = _aliases(content, name).get(CHAMPION)
             return [
                 RegisteredVersion(
                     version=version,
                     champion=version == champion,
-                    at=each.creation_timestamp,
+                    at=each.at,
                     run=each.tags.get(RUN, ""),
                     gates=each.tags.get("millrace.gates", ""),
-                    metrics=dict(client.get_run(each.run_id).data.metrics),
+                    metrics=content.metrics(each.run_id),
                 )
-                for version, each in self._versions(client, name).items()
+                for version, each in content.versions(name).items()
                 if DIGEST in each.tags
             ]
 
     def history(self, name: str) -> list[ChampionMove]:
         """Every move of the alias, in the order in which they happened: `at` (ISO, UTC), `version`, `before`, `why`,
         `who`."""
-        with self.client() as client:
-            return [] if client is None else ChampionMoves(client, name).moves
+        with self.reading() as content:
+            return ChampionMoves(content, name).moves
 
     def records(self, name: str) -> list[ChampionMove]:
         """As `history`, including promotions of a version that was already champion (their `before` is their
         `version`)."""
-        with self.client() as client:
-            return [] if client is None else ChampionMoves(client, name).records
+        with self.reading() as content:
+            return ChampionMoves(content, name).records
 
     @contextlib.contextmanager
     def client(self, write: bool = False) -> Iterator[MlflowClient]:
@@ -346,7 +331,7 @@ class Registry:
 
         try:
             if path is None:
-                _require_database(self.uri)
+                _require_response(self.uri)
             elif write:
                 if not there:
                     _make_database(path)
@@ -359,14 +344,36 @@ class Registry:
                 f"Install it: pip install {_DRIVERS.get(str(error.name), error.name)}; "
                 "or name another driver, as mysql+pymysql://…",
             ) from None
-        except (mlflow.exceptions.MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
-            text = (str(error).splitlines() or [type(error).__name__])[0][:300]
-            value = f"{without_password(self.uri)}: {without_password(text)}"
-            raise StoreError(
-                "The model registry can be reached",
-                value,
-                "Start it or correct --registry, then run the same command again",
-            ) from None
+        except (mlflow.exceptions.MlflowException, SQLAlchemyError, sqlite3.Error, OSError, NoResponse) as error:
+            raise self._unreachable(error) from None
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[RegistryContent]:
+        """What the registry holds, without an import of MLflow where its file can be read directly.
+
+        While the context is open, no other process can commit to a registry in SQLite.
+        """
+        path = sqlite_path(absolute_address(self.uri))
+        if path is not None and not require_sqlite(path, write=False):
+            yield EmptyContent()
+            return
+        with contextlib.ExitStack() as stack:
+            content: RegistryContent | None = None
+            if path is not None:
+                with contextlib.suppress(sqlite3.Error):  # MLflow meets it too, unless it has passed
+                    content = stack.enter_context(sqlite_content(path))
+            if content is None:
+                content = MlflowContent(stack.enter_context(self.client()))
+            try:
+                yield content
+            except sqlite3.Error as error:
+                raise self._unreachable(error) from None
+
+    def _unreachable(self, error: Exception) -> StoreError:
+        text = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        value = f"{without_password(self.uri)}: {without_password(text)}"
+        fix = "Start it or correct --registry, then run the same command again"
+        return StoreError("The model registry can be reached", value, fix)
 
     def run(self, client: MlflowClient, name: str, run_id: str, tags: Mapping[str, str]) -> MlflowRun:
         """The MLflow run of our `run_id` in the experiment `name`; it is created if there is none."""
@@ -384,18 +391,18 @@ class Registry:
             else client.create_run(experiment.experiment_id, tags={**tags, RUN: run_id}, run_name=run_id)
         )
 
-    def _versions(self, client: MlflowClient, name: str) -> dict[str, ModelVersion]:
-        found = client.search_model_versions(f"name='{name}'", max_results=10_000)
-        return {str(each.version): each for each in sorted(found, key=lambda each: int(each.version))}
-
-    def _folder(self, client: MlflowClient, name: str, found: ModelVersion) -> str:
-        """The folder from which `load_bundle` reads a version's files."""
-        recorded = client.get_model_version_download_uri(name, str(found.version))
+    def _folder(self, recorded: str, run_id: str) -> str:
+        """The folder from which `load_bundle` reads a version's files, by their recorded address and its run."""
         path = sqlite_path(self.uri)
-        relative = None if path is None else relative_address(recorded, found.run_id or "")
-        return (
-            _local(recorded, self.uri) if path is None or relative is None else str(path.absolute().parent / relative)
-        )
+        if path is not None and (relative := relative_address(recorded, run_id)) is not None:
+            return str(path.absolute().parent / relative)
+        parts = urlparse(recorded)
+        if parts.scheme in ("", "file"):
+            return unquote(parts.path)
+        if parts.scheme in ("gs", "s3", "hdfs", "abfss"):
+            return recorded
+        with self.client():
+            return str(_mlflow().artifacts.download_artifacts(recorded, tracking_uri=self.uri))
 
     def _store(self, client: MlflowClient, run: MlflowRun, folder: str, within: str = "") -> None:
         """Stores the files in `folder` as artifacts of a run; a local registry keeps them beside its database.
@@ -415,10 +422,21 @@ class Registry:
         for file in sorted(Path(folder).iterdir()):
             durable.write_file(str(target / file.name), file.read_bytes())
 
-    def _aliases(self, client: MlflowClient, name: str) -> dict[str, str]:
-        if not client.search_registered_models(f"name='{name}'"):
-            return {}
-        return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
+
+def _aliases(content: RegistryContent, name: str) -> Mapping[str, str]:
+    model = content.model(name)
+    return {} if model is None else model.aliases
+
+
+def _require(content: RegistryContent, name: str, version: str) -> None:
+    """Refuse a version that is not registered."""
+    versions = content.versions(name)
+    if version not in versions:
+        raise StoreError(
+            f"Model {name!r} has the version to promote",
+            repr(version),
+            f"Registered: {', '.join(versions) or 'none'}",
+        )
 
 
 def _log(client: MlflowClient, run: MlflowRun, params: Mapping[str, object], metrics: Mapping[str, float]) -> None:
@@ -547,20 +565,21 @@ _DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQ
 
 
 @functools.lru_cache(16)
-def _require_database(uri: str) -> None:
-    """Connect once to a database that is not SQLite, where MLflow would try for minutes.
+def _require_response(uri: str) -> None:
+    """Ask a server or a database once, where MLflow and its libraries would try for minutes.
 
     Raises:
-        SQLAlchemyError, ModuleNotFoundError: the database does not respond, or its driver is not installed.
+        NoResponse: the database does not respond.
+        SQLAlchemyError, MlflowException, ModuleNotFoundError: it refuses, or its driver is not installed.
     """
     if uri.partition("+")[0].partition(":")[0] not in ("postgresql", "mysql", "mssql"):
+        first_contact(lambda: _connect(uri).search_experiments(max_results=1))
         return
     import sqlalchemy
 
-    engine = sqlalchemy.create_engine(
-        uri, connect_args={} if uri.startswith("mssql") else {"connect_timeout": 30}, poolclass=sqlalchemy.NullPool
-    )
-    engine.connect().close()
+    timeout = {} if uri.startswith("mssql") else {"connect_timeout": 20}
+    engine = sqlalchemy.create_engine(uri, connect_args=timeout, poolclass=sqlalchemy.NullPool)
+    first_contact(lambda: engine.connect().close())
 
 
 _making, _made = threading.Lock(), list[bytes]()
@@ -609,16 +628,6 @@ def preparing_database(uri: str) -> Iterator[None]:
         yield
     finally:
         pool.shutdown(wait=False)  # Ctrl-C does not wait for this thread
-
-
-def _local(uri: str, tracking_uri: str) -> str:
-    """The folder from which `load_bundle` reads the artifacts at `uri`."""
-    parts = urlparse(uri)
-    if parts.scheme in ("", "file"):
-        return unquote(parts.path)
-    if parts.scheme in ("gs", "s3", "hdfs", "abfss"):
-        return uri
-    return str(_mlflow().artifacts.download_artifacts(uri, tracking_uri=tracking_uri))
 
 
 def _user() -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "artifacts_folder",
     "file_uri",
     "follow_move",
+    "open_sqlite",
     "registry_uri",
     "relative_address",
     "sqlite_path",
@@ -135,6 +136,22 @@ def artifacts_folder(database: Path, location: str, name: str) -> Path | None:
     return database.parent / ARTIFACTS / name if ours else None
 
 
+def open_sqlite(path: Path, wait: float = 5.0) -> sqlite3.Connection:
+    """A connection to a SQLite file that exists, in autocommit mode.
+
+    It is opened for writing where that is allowed, since SQLite then undoes what a killed process had begun to write;
+    a connection that can only read is refused there.
+
+    Args:
+        path: the file.
+        wait: seconds to wait for another process's commit.
+
+    Raises:
+        sqlite3.Error: it cannot be opened.
+    """
+    return sqlite3.connect(f"file:{quote(str(path))}?mode=rw", timeout=wait, isolation_level=None, uri=True)
+
+
 def require_sqlite(path: Path, write: bool) -> bool:
     """Refuses a path that cannot be written, or a file that is not a database; MLflow would retry ten times.
 
@@ -154,7 +171,7 @@ def require_sqlite(path: Path, write: bool) -> bool:
             return False
         if not stat.S_ISREG(path.stat().st_mode):
             raise OSError("it is not a regular file")
-        with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as database:
+        with contextlib.closing(open_sqlite(path)) as database:
             tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if tables and "alembic_version" not in tables:
                 raise OSError(f"it is a database of something else, with {', '.join(sorted(tables)[:3])}")

@@ -43,6 +43,16 @@ class TableVersion(TypedDict, total=False):
     first: str
 
 
+class ViewRecord(TableVersion, total=False):
+    """A view of a model that has several, the table of its features that the model was trained on, and the inputs that
+    are read from it.
+    """
+
+    view: str
+    fingerprint: str
+    inputs: Sequence[str]
+
+
 class SourceRecord(TypedDict, total=False):
     """What a feature table had read of a source; for a dimension there is only the digest."""
 
@@ -109,6 +119,7 @@ class ProvenanceRecord(TypedDict, total=False):
     """The entries of a manifest that record where a model came from."""
 
     feature_table: TableVersion
+    views: Sequence[ViewRecord]
     sources: Mapping[str, SourceRecord]
     label_content: Mapping[str, str]
     label_files: Sequence[str]
@@ -131,6 +142,8 @@ class ModelManifest(ProvenanceRecord):
     Args:
         model: its registered name.
         classes: scores per row, 1 or the classes of a multi-class model.
+        fingerprint: of its view; of several views theirs, with commas between them.
+        view: its view, or the first of several.
         inputs: input column → Arrow type as text.
         params: XGBoost's parameters.
     """
@@ -361,6 +374,7 @@ class TrainingRecord(MetricsRecord):
 
     Args:
         labels: number of examples by split and label, of classes only.
+        missing: of a model with several views, by view the rows that it lacks and that the views before it have.
         validate: the metric that chose among trials, and its value.
         model_version: present once the model is registered, as are `champion` and `kept`, the reason why the champion
             was kept.
@@ -368,6 +382,7 @@ class TrainingRecord(MetricsRecord):
 
     model: str
     feature_rows: int
+    missing: NotRequired[Mapping[str, int]]
     outside: int
     gates: Sequence[GateRecord]
     fairness: Sequence[FairnessRecord]

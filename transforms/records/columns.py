@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import polars as pl
+
+from transforms.records.arrays import Ints
 
 # Up to this many rows, an expression is computed on the calling thread: a thread pool would cost more.
 FEW = 20_000
@@ -27,7 +27,7 @@ def whole_numbers(series: pl.Series) -> pl.Series:
     return series.cast(pl.Int64) if series.dtype.is_temporal() else series
 
 
-def moments_of(frame: pl.DataFrame, time: str) -> npt.NDArray[np.int64]:
+def moments_of(frame: pl.DataFrame, time: str) -> Ints:
     """A column of times without nulls, in µs since 1970."""
     return frame[time].cast(pl.Int64).to_numpy()
 

@@ -7,14 +7,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from schemas.errors import DataError
+from transforms.records.arrays import Ints
 from transforms.records.record_batches import frame, from_ipc, to_ipc
 from transforms.records.row_hashing import combine_hashes, hash_column
-
-Ints = npt.NDArray[np.int64]
 
 
 def partition_of(rows: pl.DataFrame, keys: Sequence[str], parts: int) -> Ints:

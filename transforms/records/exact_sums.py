@@ -12,11 +12,10 @@ from collections.abc import Iterable
 from fractions import Fraction
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Counts = npt.NDArray[np.int64]
-Keys = npt.NDArray[np.uint64]
+from transforms.records.arrays import Floats, Ints, UInt64s
+
+Keys = UInt64s
 
 # frexp gives 53-bit integers times 2^(exponent − 53); the least exponent is that of the least subnormal, −1073.
 _MANTISSA = 53
@@ -36,7 +35,7 @@ def exact_sum(values: Floats) -> int:
     return group_sums(values, np.zeros(len(values), np.int64), 1)[0]
 
 
-def group_sums(values: Floats, groups: Counts, size: int) -> list[int]:
+def group_sums(values: Floats, groups: Ints, size: int) -> list[int]:
     """`exact_sum` of each group 0 … `size` − 1."""
     totals = [0] * size
     for start in range(0, len(values), _MOST):
@@ -56,7 +55,7 @@ def group_sums(values: Floats, groups: Counts, size: int) -> list[int]:
 def exact_squares(values: Floats) -> int:
     """Sum of the squares of finite doubles without rounding, as an integer number of 2^−2252.
 
-    >>> square_ratio(exact_squares(np.array([1e16 + 2, 0.5])))
+    >>> Fraction(exact_squares(np.array([1e16 + 2, 0.5])), 1 << 2 * UNIT)
     Fraction(400000000000000160000000000000017, 4)
     """
     total = 0
@@ -75,21 +74,16 @@ def exact_squares(values: Floats) -> int:
     return total
 
 
-def integer_sums(values: Counts) -> tuple[int, int]:
+def integer_sums(values: Ints) -> tuple[int, int]:
     """Σx and Σx² of 64-bit integers, without rounding or overflow (fewer than 2^31 values)."""
     high, low = values >> 32, values & 0xFFFFFFFF
     squares = (_total(high * high) << 64) + (_total(high * low) << 33) + _total(low.astype(np.uint64) ** np.uint64(2))
     return _total(values), squares
 
 
-def _total(values: Counts | Keys) -> int:
+def _total(values: Ints | Keys) -> int:
     high, low = values >> values.dtype.type(32), values & values.dtype.type(0xFFFFFFFF)
     return (int(high.sum()) << 32) + int(low.sum())
-
-
-def square_ratio(total: int) -> Fraction:
-    """What `exact_squares` counted, as a number."""
-    return Fraction(total, 1 << 2 * UNIT)
 
 
 def deviation(count: int, total: int, squares: int) -> float:
@@ -107,7 +101,7 @@ def root(value: Fraction) -> float:
     return float(Fraction(found << 1 | inexact, 2 << shift // 2))
 
 
-def _positions(keys: Counts) -> tuple[Counts, Counts]:
+def _positions(keys: Ints) -> tuple[Ints, Ints]:
     """Distinct `keys`, and for each row the position of its key among them. Small keys need no sort."""
     if len(keys) and int(keys.max()) > 4 * len(keys) + 4096:
         distinct, position = np.unique(keys, return_inverse=True)
@@ -137,10 +131,12 @@ class Moments:
         known = values[~np.isnan(values)]
         if not len(known):
             return cls()
-        return cls(len(known), exact_sum(known), exact_squares(known), float(known.min()), float(known.max()))
+        # Of 0.0 and −0.0, which are equal, the order of rows would choose the sign: + 0.0 makes both 0.0.
+        least, greatest = float(known.min()) + 0.0, float(known.max()) + 0.0
+        return cls(len(known), exact_sum(known), exact_squares(known), least, greatest)
 
     @classmethod
-    def of_integers(cls, values: Counts) -> Moments:
+    def of_integers(cls, values: Ints) -> Moments:
         """The moments of 64-bit integers; least and greatest are integers too."""
         if not len(values):
             return cls()
@@ -188,7 +184,7 @@ class Bins:
     """
 
     keys: Keys
-    counts: Counts
+    counts: Ints
     shift: int
     limit: int
 
@@ -197,13 +193,13 @@ class Bins:
         return cls(np.empty(0, np.uint64), np.empty((0, counters), np.int64), 0, limit)
 
     @classmethod
-    def of_integers(cls, values: Counts, limit: int) -> Bins:
+    def of_integers(cls, values: Ints, limit: int) -> Bins:
         """Bins of 64-bit integers by their own bits, so that those beyond 2^53 stay apart; see `integer_quantiles`."""
         keys = np.ascontiguousarray(values).view(np.uint64) ^ _SIGN
         return _summed(keys, np.ones((len(keys), 1), np.int64), 0, limit)
 
     @classmethod
-    def of(cls, values: Floats, limit: int, weights: Counts | None = None) -> Bins:
+    def of(cls, values: Floats, limit: int, weights: Ints | None = None) -> Bins:
         """Bins of the values that are not NaN; `weights` int64 [rows, counters] counts each row so many times."""
         counters = np.ones((len(values), 1), np.int64) if weights is None else weights
         known = ~np.isnan(values)
@@ -275,7 +271,7 @@ def merged(parts: Iterable[Bins], limit: int, counters: int = 1) -> Bins:
     return total
 
 
-def _summed(keys: Keys, counts: Counts, shift: int, limit: int) -> Bins:
+def _summed(keys: Keys, counts: Ints, shift: int, limit: int) -> Bins:
     order = np.argsort(keys, kind="stable")
     keys, counts = _distinct(keys[order], counts[order])
     if len(keys) > limit:
@@ -288,7 +284,7 @@ def _summed(keys: Keys, counts: Counts, shift: int, limit: int) -> Bins:
     return Bins(keys, counts, shift, limit)
 
 
-def _distinct(keys: Keys, counts: Counts) -> tuple[Keys, Counts]:
+def _distinct(keys: Keys, counts: Ints) -> tuple[Keys, Ints]:
     """Rising `keys` once each, their counts added."""
     if not len(keys):
         return keys, counts

@@ -17,7 +17,7 @@ Frames = dict[str, pl.DataFrame]
 Head = dict[str, Any]
 
 
-def pack(head: Mapping[str, Any], frames: Mapping[str, pl.DataFrame] | None = None) -> bytes:
+def pack(head: Mapping[str, object], frames: Mapping[str, pl.DataFrame] | None = None) -> bytes:
     """Encodes a head and frames as bytes: one line of JSON, then each frame as an Arrow IPC stream (lz4).
 
     >>> head, frames = unpack(pack({"turn": 3}, {"rows": pl.DataFrame({"a": [1]})}))

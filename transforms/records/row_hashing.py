@@ -10,13 +10,12 @@ import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import polars_hash as plh
 
+from transforms.records.arrays import UInt64s
 from transforms.records.columns import select
 
-UInt64s = npt.NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUNDS = tuple(
     (np.uint64(shift), np.uint64(factor)) for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -81,6 +80,20 @@ def combine_hashes(parts: Sequence[UInt64s | np.uint64]) -> UInt64s:
     for part in parts:
         state = mix_bits(state * _LAST + np.asarray(part, np.uint64))
     return state
+
+
+def key_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> UInt64s:
+    """One hash per row of the key `columns`; integers of different widths have equal hashes."""
+    return keys_hashes(frame, [tuple(columns)])[tuple(columns)]
+
+
+def keys_hashes(frame: pl.DataFrame, keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], UInt64s]:
+    """As `key_hashes`, for several keys."""
+    keys = list(dict.fromkeys(keys))
+    if not len(frame):
+        return {key: np.empty(0, np.uint64) for key in keys}
+    hashed = hash_columns(frame, [name for key in keys for name in key])
+    return {key: combine_hashes([hashed[name] for name in key]) for key in keys}
 
 
 def row_ids(salt: str, columns: Sequence[pl.Series]) -> pl.Series:

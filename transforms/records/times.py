@@ -7,17 +7,15 @@ from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
 from typing import TypeVar, overload
 
-import numpy as np
-import numpy.typing as npt
-
 from schemas.durations import DAY
+from transforms.records.arrays import Ints
 
 MICROSECOND = timedelta(microseconds=1)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # Before every time, and after every time.
 ALWAYS, FOREVER = -(2**62), 2**62
 
-Numbers = TypeVar("Numbers", int, npt.NDArray[np.int64])
+Numbers = TypeVar("Numbers", int, Ints)
 
 
 def now_us() -> int:
@@ -52,8 +50,8 @@ def as_number(day: date) -> int:
 @overload
 def midnight(day: date | int) -> int: ...
 @overload
-def midnight(day: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]: ...
-def midnight(day: date | int | npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]:
+def midnight(day: Ints) -> Ints: ...
+def midnight(day: date | int | Ints) -> int | Ints:
     """Returns the start of a date, or of numbers of days since 1970, in µs since 1970."""
     return (as_number(day) if isinstance(day, date) else day) * DAY
 

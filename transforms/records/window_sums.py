@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from transforms.records.exact_sums import Floats
+from transforms.records.arrays import Floats, Ints
 
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 # Values of a statistic: int64 or float64, by the statistic.
 Numbers = npt.NDArray[Any]
 # Exponent of two to one digit per window.

@@ -106,10 +106,10 @@ class Data:
     """The content of the section.
 
     Args:
-        binary: whether examples are positive or negative.
-        feature_rows, outside, waiting: number of rows of the feature table; of those in no split; of those whose label
-            was not known yet.
-        drift: None if no column could be compared.
+        binary: whether examples are positive or not.
+        feature_rows, outside, waiting: rows of the feature table; those in no split; those whose label was not known.
+        drift: None: no column could be compared.
+        missing: of a model with several views, feature rows that one of them lacks, by view.
     """
 
     warnings: tuple[str, ...]
@@ -122,6 +122,7 @@ class Data:
     tables: tuple[Table, ...]
     sources: tuple[SourceRead, ...]
     drift: Drift | None
+    missing: tuple[tuple[str, int], ...] = ()
 
 
 def data(content: TrainingRecord, manifest: ModelManifest) -> Data:
@@ -137,6 +138,7 @@ def data(content: TrainingRecord, manifest: ModelManifest) -> Data:
         tables(manifest),
         sources(manifest),
         drift(content),
+        tuple((content.get("missing") or {}).items()),
     )
 
 
@@ -197,8 +199,14 @@ def tables(manifest: ModelManifest) -> tuple[Table, ...]:
     """The tables of features and labels."""
     features, label = manifest.get("feature_table") or {}, manifest.get("label_table") or {}
     files = len(manifest.get("label_files") or [])
+    views = manifest.get("views") or ()
+    one = Table("features", _folder(features), _version(features), f"fingerprint {manifest['fingerprint']}")
     return (
-        Table("features", _folder(features), _version(features), f"fingerprint {manifest['fingerprint']}"),
+        *(() if views else (one,)),
+        *(
+            Table(f"features of {each['view']}", _folder(each), _version(each), f"fingerprint {each['fingerprint']}")
+            for each in views
+        ),
         Table("label", _folder(label), _version(label), f"{_files(files)} read" if files else ""),
     )
 

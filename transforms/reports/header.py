@@ -59,7 +59,7 @@ def header(content: TrainingRecord, manifest: ModelManifest) -> Header:
         version=content.get("model_version"),
         moment=datetime.fromtimestamp(now / 1e6, UTC) if now else None,
         objective=manifest["objective"],
-        view=manifest["view"],
+        view=", ".join(each["view"] for each in manifest.get("views") or ()) or manifest["view"],
         outcome=outcome(content),
         metric=metric,
         value=content["metrics"].get(metric),

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         ReadOptions,
         RepeatedKeys,
         SourceRows,
+        UncheckedRows,
         locate_rows,
         read_raw,
         read_slices,
@@ -52,7 +53,14 @@ if TYPE_CHECKING:
         stream_slices,
         without_repeats,
     )
-    from transforms.sources.repeats import NEVER_REPEATED, Ints, KnownOrder
-    from transforms.sources.tallies import AS_EVENTS, SourceTally, add_tallies, digests_read, require_conserved
+    from transforms.sources.repeats import NEVER_REPEATED, KnownOrder
+    from transforms.sources.tallies import (
+        AS_EVENTS,
+        SourceTally,
+        add_tallies,
+        digests_read,
+        require_conserved,
+        rows_loaded,
+    )
 
 import_when_used(__name__)

@@ -220,10 +220,19 @@ def as_frame(table: pa.Table) -> pl.DataFrame:
     columns: dict[str, pa.ChunkedArray] = {}
     for name, column in zip(table.column_names, _with_valid_text(table).columns, strict=True):
         zoned = pa.types.is_timestamp(column.type) and column.type.tz not in (None, "UTC")  # a cast imports pandas
-        columns[name] = column.cast(pa.timestamp(column.type.unit, "UTC")) if zoned else column
+        column = column.cast(pa.timestamp(column.type.unit, "UTC")) if zoned else column
+        seconds = pa.types.is_timestamp(column.type) and column.type.unit == "s"
+        columns[name] = _of_seconds(column) if seconds else column
     if not columns:
         return pl.DataFrame()
     return pl.DataFrame(pl.from_arrow(pa.table(columns)))
+
+
+def _of_seconds(times: pa.ChunkedArray) -> pa.Array:
+    """Times of seconds in µs, those beyond as the furthest there is: Polars would let them wrap around."""
+    numbers = pl.Series(pl.from_arrow(times.cast(pa.int64())))
+    most = (2**63 - 1) // 1_000_000
+    return (numbers.clip(-most, most) * 1_000_000).to_arrow().cast(pa.timestamp("us", times.type.tz))
 
 
 def _with_valid_text(table: pa.Table) -> pa.Table:

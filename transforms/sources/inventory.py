@@ -9,7 +9,8 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from io import BufferedIOBase
 from typing import Any
 
@@ -18,14 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
-from schemas.errors import ContractError, DataError
+from schemas.errors import ContractError, DataError, IncompleteLogError
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.pickled_once import PickledOnce
 from transforms.records.times import ALWAYS, day_number, midnight
 from transforms.sources.contracts import READ_ERRORS, Contract, Partitions, as_frame, fits, not_whole, readable
 from transforms.sources.listing import LOG, SUFFIX, Listing, list_files
-from transforms.storage.delta_log import logged_versions, path_within
+from transforms.storage.delta_log import path_within
 from transforms.storage.delta_tables import file_pool, open_table, paths_of, table_root
 from transforms.storage.file_systems import FileSystems, require_regular
 from transforms.storage.paths import source_uri
@@ -132,7 +133,14 @@ def _delta_table(source: Source, folder: str, version: int | None = None) -> Del
     """
     if not _has_log(folder):
         return None
-    table = open_table(folder, version)
+    try:
+        table = open_table(folder, version)
+    except IncompleteLogError as error:
+        raise ContractError(
+            f"Source {source.name!r}: every commit of a Delta table is whole",
+            str(error.value),
+            "Restore the file, or restore the table to the version before it",
+        ) from None
     log = FileSystems.join(folder, LOG)
     if table is None:
         # Without the log, it is unknown which files hold rows that were replaced.
@@ -147,33 +155,7 @@ def _delta_table(source: Source, folder: str, version: int | None = None) -> Del
             f"{folder} and {folder}{SUFFIX}",
             "Move one of them away",
         )
-    _check_commits(source, folder, int(table.version()))
     return table
-
-
-def _check_commits(source: Source, folder: str, version: int) -> None:
-    """Refuses truncated commits: delta-rs reads an empty one as a commit that changed nothing.
-
-    Only the commits that are read are checked: those after the last checkpoint.
-    """
-    log = FileSystems.join(folder, LOG)
-    if "://" in folder:
-        return  # an object is written whole or not at all
-    checkpoints = [
-        int(name[:20]) for name in os.listdir(log) if name[:20].isdigit() and name[20:].startswith(".checkpoint.")
-    ]
-    start = max((each for each in checkpoints if each <= version), default=-1)
-    for each in logged_versions(folder):
-        if start < each <= version:
-            path = os.path.join(log, f"{each:020}.json")
-            with open(path, "rb") as file:
-                first = file.readline().strip()
-            if first in (b"", b"{}"):
-                raise ContractError(
-                    f"Source {source.name!r}: every commit of a Delta table is whole",
-                    f"{path}, which is empty",
-                    "Restore the file, or restore the table to the version before it",
-                )
 
 
 def _has_log(folder: str) -> bool:
@@ -199,15 +181,6 @@ def stamp_of(path: str) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}-{footer}"
 
 
-def slices_of(root: str, contract: Contract, version: int | None = None) -> list[Slice]:
-    """Every row group of a source, from the files' footers; for a Delta table, those of `version` (None: its newest).
-
-    Raises:
-        ContractError: a file is not Parquet, is truncated, or does not have the declared columns.
-    """
-    return survey_source(root, contract, version)[1]
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Surveyed:
     """What a survey found: the contract by which to read the source, its row groups, and its files (None for a Delta
@@ -224,11 +197,13 @@ class Surveyed:
 
 
 def survey_source(root: str, contract: Contract, version: int | None = None) -> tuple[Contract, list[Slice]]:
-    """As `slices_of`, with the contract by which to read the row groups. For a Delta table, it has the columns of the
-    log.
+    """The contract by which to read a source, and its row groups, from the footers of its files.
+
+    Of a Delta table, they are those of `version` (None: its newest), and the contract has the columns of the log.
 
     Raises:
-        ContractError: as `slices_of`; or a Delta table uses a feature without which it cannot be read correctly.
+        ContractError: a file is not Parquet, is truncated, or does not have the declared columns; or a Delta table uses
+            a feature without which it cannot be read correctly.
     """
     found = survey_files(root, contract, version)
     return found.contract, list(found.slices)
@@ -255,7 +230,28 @@ def survey_files(root: str, contract: Contract, version: int | None = None) -> S
         with contextlib.suppress(*READ_ERRORS):  # the first error is the one to report
             _of_one_type(contract, paths)
         raise
-    return Surveyed(contract, Slices(each for part in parts for each in part), listing)
+    slices = Slices(each for part in parts for each in part)
+    if table is not None:
+        _require_logged_rows(contract.source, table, slices)
+    return Surveyed(contract, slices, listing)
+
+
+def _require_logged_rows(source: Source, table: DeltaTable, slices: Iterable[Slice]) -> None:
+    """Checks that each file of a Delta source has as many rows as its log says, where it says so."""
+    root, known = table_root(table), pl.DataFrame(table.get_add_actions(flatten=True))
+    if "num_records" not in known.columns:
+        return
+    found = Counter[str]()
+    for each in slices:
+        found[each.path] += each.rows
+    for logged, rows in known.select("path", "num_records").iter_rows():
+        path = FileSystems.join(root, path_within(root, logged))
+        if rows is not None and found[path] != rows:
+            raise ContractError(
+                f"Source {source.name!r}: a file of a Delta table has the rows that were committed with it",
+                f"{path}: {found[path]} rows, and {rows} by the table's log",
+                "Restore the file, or have the table's owner write the rows again",
+            )
 
 
 def _of_one_type(contract: Contract, paths: list[str]) -> None:

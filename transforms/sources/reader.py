@@ -37,11 +37,15 @@ Owners = Callable[[int], int | None]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SourceRows:
-    """The result of reading slices: rows that satisfy the contract, and dead letters with their file and row."""
+    """The result of reading slices: rows that satisfy the contract, and dead letters with their file and row.
+
+    `loaded` is the number of rows that were read from files for it.
+    """
 
     frame: pl.DataFrame
     dead_letters: pl.DataFrame
     digests: Digests = dataclasses.field(default_factory=dict)
+    loaded: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +79,35 @@ def read_slices(contract: Contract, slices: Sequence[Slice], options: ReadOption
     if not slices:
         frame = pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.read})
         return SourceRows(frame, pl.DataFrame(schema=SOURCE_DEAD_LETTERS))
-    whole = _read_files(contract, slices)
-    owners = _owners(contract, slices, whole)
-    return _checked(contract, slices, whole, owners, options)
+    return UncheckedRows.of(contract, slices).checked(contract, options)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UncheckedRows:
+    """Rows of slices as they were read once, to be checked against one contract or several."""
+
+    slices: Sequence[Slice]
+    whole: pl.DataFrame
+
+    @classmethod
+    def of(cls, contract: Contract, slices: Sequence[Slice]) -> UncheckedRows:
+        """Read the columns of `contract`.
+
+        Raises:
+            ContractError: a file cannot be read as declared.
+        """
+        if not slices:
+            return cls(slices, pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.read}))
+        return cls(slices, _read_files(contract, slices))
+
+    def digests(self, contract: Contract, options: ReadOptions) -> Digests:
+        """What `checked` digests."""
+        return {} if options.span is None else day_digests(contract, self.whole.select(contract.read), *options.span)
+
+    def checked(self, contract: Contract, options: ReadOptions) -> SourceRows:
+        """The rows that satisfy a contract, which may have fewer columns than were read."""
+        whole = self.whole if self.whole.columns == list(contract.read) else self.whole.select(contract.read)
+        return _checked(contract, self.slices, whole, _owners(contract, self.slices, whole), options)
 
 
 def stream_slices(
@@ -116,6 +146,7 @@ def _checked(
     options: ReadOptions,
 ) -> SourceRows:
     digests = {} if options.span is None else day_digests(contract, whole, *options.span)
+    loaded = len(whole)
     if options.numbered:
         whole = whole.with_columns(
             pl.int_range(slices[0].first, slices[0].first + len(whole), dtype=pl.Int64).alias("__row")
@@ -132,7 +163,7 @@ def _checked(
         moment = pl.col(contract.source.time).to_physical()
         if options.low > ALWAYS or options.high < FOREVER:
             frame = frame.filter((moment >= options.low) & (moment < options.high))
-    return SourceRows(frame, dead_letters, digests)
+    return SourceRows(frame, dead_letters, digests, loaded)
 
 
 def _pieces(contract: Contract, piece: Slice, chunk: int) -> Iterator[tuple[Slice, pl.DataFrame]]:

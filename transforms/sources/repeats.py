@@ -12,12 +12,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from schemas.sources import Source
+from transforms.records.arrays import Ints
 
-Ints = npt.NDArray[np.int64]
 NEVER_REPEATED = 2**62
 _ROW = "__row"
 

@@ -18,7 +18,8 @@ class SourceTally:
     """Counts of the rows of one source, each row counted exactly once: read = used + outside + repeated + dead.
 
     The `used` rows of a spine have a feature row; the `used` rows of events are within reach of some window, and the
-    `outside` rows are not. `digests` are the digests by day, if a block computes them.
+    `outside` rows are not. `digests` are the digests by day, if a block computes them. `loaded` is the number of rows
+    that were read from files for them, some of them by several blocks.
     """
 
     source: str
@@ -28,12 +29,14 @@ class SourceTally:
     repeated: int = 0
     dead: int = 0
     digests: Digests = dataclasses.field(default_factory=dict)
+    loaded: int = dataclasses.field(default=0, compare=False)
 
     def __add__(self, other: SourceTally) -> SourceTally:
         return SourceTally(
             self.source,
             **{name: getattr(self, name) + getattr(other, name) for name in COUNTS},
             digests=add_digests([self.digests, other.digests]),
+            loaded=self.loaded + other.loaded,
         )
 
     @property
@@ -75,3 +78,12 @@ def require_conserved(files: WrittenFiles, tallies: Mapping[str, SourceTally], s
 def digests_read(tallies: Mapping[str, SourceTally]) -> dict[str, Digests]:
     """The digests by day of each source that has any."""
     return {label.removesuffix(AS_EVENTS): tally.digests for label, tally in tallies.items() if tally.digests}
+
+
+def rows_loaded(tallies: Mapping[str, SourceTally]) -> dict[str, int]:
+    """Per source the number of rows that were read from its files."""
+    result: dict[str, int] = {}
+    for label, tally in tallies.items():
+        name = label.removesuffix(AS_EVENTS)
+        result[name] = result.get(name, 0) + tally.loaded
+    return result

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
+    from transforms.storage.bounded import NoResponse, first_contact
     from transforms.storage.compaction import MOST_FILES, Compaction, compact_table
     from transforms.storage.date_spans import TABLE_READ_ERRORS, partition_days
     from transforms.storage.delta_log import (
@@ -52,8 +53,16 @@ if TYPE_CHECKING:
         write_files,
     )
     from transforms.storage.durable import rename_files, sync_file, sync_folder, sync_folders, write_file
-    from transforms.storage.feature_tables import open_feature_table
+    from transforms.storage.feature_tables import lost_commit, open_feature_table
     from transforms.storage.file_systems import FileSystems, open_regular, require_regular
+    from transforms.storage.joined_features import (
+        JoinCounts,
+        ReadJoined,
+        TableFiles,
+        add_counts,
+        joined_groups,
+        read_joined,
+    )
     from transforms.storage.log_entries import LogEntry, RemovedFile, append_entry, sync_log, write_checkpoint
     from transforms.storage.paths import (
         BOOSTER,
@@ -71,7 +80,7 @@ if TYPE_CHECKING:
         table_path_in_store,
         tables_below,
     )
-    from transforms.storage.rewriting import Matches, matching_rows, purge, rewrite_delta, write_without
+    from transforms.storage.rewriting import Matches, Revise, matching_rows, purge, rewrite_delta, write_without
     from transforms.storage.run_markers import (
         ERASE,
         MARKER,
@@ -108,6 +117,7 @@ if TYPE_CHECKING:
         files_below,
         pins_of,
         remove_waste,
+        tables_of,
         waste_of,
         waste_of_runs,
     )

@@ -16,7 +16,7 @@ import polars as pl
 from deltalake import DeltaTable
 from deltalake.transaction import AddAction
 
-from schemas.errors import StoreError
+from schemas.errors import DataError, StoreError
 from transforms.storage.date_spans import days_of
 from transforms.storage.delta_log import COMPACTION, path_within, root_of
 from transforms.storage.delta_tables import (
@@ -166,14 +166,14 @@ def _merge(uri: str, files: tuple[_File, ...], run_id: str) -> _Merged:
         StoreError: a file cannot be read, or the new one cannot be written.
     """
     root = root_of(uri)
-    rows = read_group(DataFile(os.path.join(root, file.path), file.day, file.rows, file.bytes) for file in files)
-    expected = sum(file.rows for file in files)
-    if len(rows) != expected:
+    try:
+        rows = read_group(DataFile(os.path.join(root, file.path), file.day, file.rows, file.bytes) for file in files)
+    except DataError as error:
         raise StoreError(
             "The files of a table have the rows that its log counts",
-            f"{root}: {len(rows):,} rows instead of {expected:,} on {files[0].day}",
+            error.value,
             "Nothing was changed. Restore the files from a backup",
-        )
+        ) from None
     (action,) = add_actions(root, write_files(rows, root, run_id))
     return _Merged(files, action)
 

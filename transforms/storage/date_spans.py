@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
 from schemas.errors import DataError, StoreError
+from transforms.records.arrays import Bools
 from transforms.records.record_batches import batch  # noqa: F401 (it imports pyarrow_hotfix)
 from transforms.records.times import as_date, as_number
 from transforms.storage.delta_log import root_of
@@ -111,7 +112,7 @@ def _as_bytes(segments: Sequence[Segment]) -> bytes:
     return json.dumps([[each.day, each.rows, each.origin] for each in segments], separators=(",", ":")).encode()
 
 
-def kept_segments(segments: Sequence[Segment], gone: npt.NDArray[np.bool_], path: str) -> list[Segment]:
+def kept_segments(segments: Sequence[Segment], gone: Bools, path: str) -> list[Segment]:
     """The segments of the file at `path` (within its table) after the rows `gone` were removed.
 
     Segments that lost no row keep their origin; the origin of the others is the new file.
@@ -120,7 +121,7 @@ def kept_segments(segments: Sequence[Segment], gone: npt.NDArray[np.bool_], path
         DataError: the file has other rows.
     """
     if (count := sum(each.rows for each in segments)) != len(gone):
-        raise _other_rows(path, f"{count} rows by its footer, and {len(gone)} in it")
+        raise other_rows(path, f"{count} rows by its footer, and {len(gone)} in it")
     found, start = [], 0
     for each in segments:
         lost = int(gone[start : start + each.rows].sum())
@@ -164,7 +165,7 @@ def require_rows(path: str, rows: int, segments: Sequence[Segment]) -> None:
         DataError: it has more or fewer rows.
     """
     if (count := sum(each.rows for each in segments)) != rows:
-        raise _other_rows(path, f"{count} rows by its footer, and {rows} by the table's log")
+        raise other_rows(path, f"{count} rows by its footer, and {rows} by the table's log")
     try:
         require_regular(path)
         content = pq.ParquetFile(path).read(["date"], use_threads=False)
@@ -183,10 +184,10 @@ def require_days(path: str, content: pa.Table, segments: Sequence[Segment]) -> N
     found = _day_numbers(content)
     if len(found) != len(expected) or (found != expected).any():
         counts = f"{len(found)} rows of {len(np.unique(found))} dates"
-        raise _other_rows(path, f"{counts}, and {len(expected)} of {len(np.unique(expected))} by its footer")
+        raise other_rows(path, f"{counts}, and {len(expected)} of {len(np.unique(expected))} by its footer")
 
 
-def _other_rows(path: str, value: str) -> DataError:
+def other_rows(path: str, value: str) -> DataError:
     return DataError(
         "A data file holds the rows that were committed with it",
         f"{path}: {value}",
@@ -228,7 +229,7 @@ def read_dates(path: str, columns: Sequence[str] | None, place: tuple[int, int],
         return content.slice(start, rows)
     found = content.filter(pl.Series((days >= first) & (days <= last)).to_arrow())
     if found.num_rows > rows:
-        raise _other_rows(path, f"{found.num_rows} rows from {dates[0]} to {dates[1]}, and {rows} by its footer")
+        raise other_rows(path, f"{found.num_rows} rows from {dates[0]} to {dates[1]}, and {rows} by its footer")
     return found
 
 

@@ -35,6 +35,7 @@ from transforms.storage.date_spans import Segment
 from transforms.storage.delta_log import commits_since, conflict, path_within, remaining, version_of_run
 from transforms.storage.delta_log import root_of as address_of
 from transforms.storage.file_systems import FileSystems, require_regular
+from transforms.storage.log_check import require_whole_entries
 from transforms.storage.log_entries import LogEntry, RemovedFile, append_entry, sync_log
 
 _TYPES = {
@@ -114,10 +115,10 @@ def open_table(uri: str, version: int | None = None) -> DeltaTable | None:
     """The table as of `version` (None: the newest), or None if there is no table.
 
     Raises:
-        StoreError: the version does not exist, or the log cannot be read.
+        StoreError: the version does not exist, or the log cannot be read or has lost actions.
     """
     try:
-        return DeltaTable(uri, version=version)
+        table = DeltaTable(uri, version=version)
     except TableNotFoundError:
         return None
     except (DeltaError, OSError) as error:
@@ -126,6 +127,8 @@ def open_table(uri: str, version: int | None = None) -> DeltaTable | None:
             _in_a_line(error),
             "List what there is with: millrace tables",
         ) from None
+    require_whole_entries(uri, int(table.version()))
+    return table
 
 
 def newest_version(uri: str) -> int | None:
@@ -158,6 +161,7 @@ def data_files(
 
     Raises:
         StoreError: a file's path leaves the table.
+        DataError: a file with several dates has other rows than the log says.
     """
     root, actions = table_root(table), _actions(table)
     wanted = [(actions[f"partition.{name}"], value) for name, value in (extra or {}).items()]
@@ -176,6 +180,8 @@ def data_files(
             parts = _dates_in(path, size) if spans else [DataFile(path, low, rows, size)]
         except StoreError:  # reading the file reports it
             parts = [DataFile(path, low, rows, size, whole=rows, until=high)]
+        if (count := sum(each.rows for each in parts)) != rows:
+            raise date_spans.other_rows(path, f"{count} rows by its footer, and {rows} by the table's log")
         files += [each for each in parts if (start is None or each.date >= start) and (end is None or each.date < end)]
     return sorted(files, key=lambda file: (file.date, file.path, file.start))
 
@@ -221,6 +227,8 @@ def read_file(file: DataFile, columns: list[str] | None = None, optional: Collec
             content = pq.ParquetFile(file.path).read(wanted, use_threads=False)
     except date_spans.TABLE_READ_ERRORS as error:
         raise date_spans.unreadable(file.path, error) from None
+    if file.rows is not None and content.num_rows != file.rows:
+        raise date_spans.other_rows(file.path, f"{content.num_rows} rows, and {file.rows} by the table's log")
     # Made by Polars, because `pa.array` and `pa.scalar` import pandas.
     days = pl.repeat(file.date, content.num_rows, dtype=pl.Date, eager=True).to_arrow()
     content = content.append_column("date", days)

@@ -34,8 +34,15 @@ log = logging.getLogger("millrace.storage")
 
 # A reader of the log need not read entries before the last checkpoint.
 CHECKPOINT_EVERY = 100
-# An entry counts its files, so that a truncated entry is not taken for a smaller commit.
-ADDED_FILES, REMOVED_FILES = "num_added_files", "num_removed_files"
+# An entry counts what it has, so that one that has lost actions is not taken for a smaller commit.  The first three
+# are those of delta-rs.
+ADDED_FILES, REMOVED_FILES, ADDED_ROWS, ACTIONS = (
+    "num_added_files",
+    "num_removed_files",
+    "num_added_rows",
+    "num_actions",
+)
+COUNTS = (ADDED_FILES, REMOVED_FILES, ADDED_ROWS, ACTIONS)
 _KEPT = "/=:@!$&'()*+,;~"
 
 
@@ -110,12 +117,18 @@ def sync_log(uri: str) -> None:
 def _actions(table: DeltaTable | None, entry: LogEntry) -> Iterator[dict[str, object]]:
     now = time.time_ns() // 1_000_000
     mode = "Overwrite" if entry.removed else "Append"
+    actions = 2 + (table is None) + (entry.schema is not None) + len(entry.removed) + len(entry.added)
     yield {
         "commitInfo": {
             "timestamp": now,
             "operation": "CREATE TABLE" if table is None else "WRITE" if entry.changes_rows else "OPTIMIZE",
             "operationParameters": {"mode": mode, "partitionBy": json.dumps(list(entry.partition_by))},
-            "operationMetrics": {ADDED_FILES: len(entry.added), REMOVED_FILES: len(entry.removed)},
+            "operationMetrics": {
+                ADDED_FILES: len(entry.added),
+                REMOVED_FILES: len(entry.removed),
+                ADDED_ROWS: sum(json.loads(action.stats)["numRecords"] for action in entry.added),
+                ACTIONS: actions,
+            },
             **entry.metadata,
         }
     }
@@ -176,7 +189,7 @@ def write_checkpoint(uri: str, version: int) -> None:
     with tempfile.TemporaryDirectory(prefix="millrace-") as elsewhere:
         links = Path(elsewhere, LOG_FOLDER)
         links.mkdir()
-        last = _newest_checkpoint(folder)
+        last = newest_checkpoint(folder)
         for each in logged_versions(uri):
             if last <= each <= version:
                 name = f"{each:020}.json"
@@ -191,7 +204,7 @@ def write_checkpoint(uri: str, version: int) -> None:
         write_file(str(folder / "_last_checkpoint"), (links / "_last_checkpoint").read_bytes())
 
 
-def _newest_checkpoint(folder: Path) -> int:
+def newest_checkpoint(folder: Path) -> int:
     """The version of the checkpoint that the log names; 0 if there is none."""
     try:
         return int(parse_object(read_regular(str(folder / "_last_checkpoint")))["version"])

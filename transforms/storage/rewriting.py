@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +21,7 @@ from deltalake import DeltaTable
 from deltalake.transaction import AddAction
 
 from schemas.errors import StoreError
+from transforms.records.arrays import Bools
 from transforms.storage import durable
 from transforms.storage.date_spans import (
     days_of,
@@ -33,11 +33,13 @@ from transforms.storage.date_spans import (
 )
 from transforms.storage.delta_log import LOG_FOLDER, logged_versions, path_within, root_of
 from transforms.storage.delta_tables import append_commit, commit_attempt, open_table, paths_of
-from transforms.storage.log_entries import ADDED_FILES, REMOVED_FILES, LogEntry, RemovedFile, write_checkpoint
+from transforms.storage.log_entries import COUNTS, LogEntry, RemovedFile, write_checkpoint
 from transforms.storage.stored_json import explain_damage, read_regular
 
 # (Rows of a row group, path of the file) → for each row, whether it is removed.
-Matches = Callable[[pa.Table, str], npt.NDArray[np.bool_]]
+Matches = Callable[[pa.Table, str], Bools]
+# Rows of a row group that stay → the rows to write in their place; the very same table if they stay as they are.
+Revise = Callable[[pa.Table], pa.Table]
 FIX = "Grant access and free space, then run the same command again: it completes what was begun"
 
 
@@ -51,13 +53,23 @@ def _groups(file: pq.ParquetFile) -> Iterable[pa.Table]:
         yield file.read_row_group(number)
 
 
+def _as_they_are(rows: pa.Table) -> pa.Table:
+    return rows
+
+
 def write_without(
-    file: pq.ParquetFile, path: str, matches: Matches, target: str, schema: pa.Schema | None = None
+    file: pq.ParquetFile,
+    path: str,
+    matches: Matches,
+    target: str,
+    schema: pa.Schema | None = None,
+    revise: Revise = _as_they_are,
 ) -> tuple[int, int]:
     """Writes the rows of a file that do not match to `target`, first under a hidden name.
 
     Args:
         schema: the schema of the file, with its new metadata; None: as it is.
+        revise: changes rows that stay.
 
     Returns:
         Rows that stayed and rows that were removed.
@@ -74,7 +86,7 @@ def write_without(
         with pq.ParquetWriter(aside, schema or file.schema_arrow, compression=codec) as writer:
             for group in _groups(file):
                 gone = matches(group, path)
-                kept = group.filter(pa.array(~gone))
+                kept = revise(group.filter(pa.array(~gone)))
                 stayed, removed = stayed + len(kept), removed + int(gone.sum())
                 if len(kept):
                     writer.write_table(kept)
@@ -87,11 +99,15 @@ def write_without(
 
 
 def rewrite_delta(
-    uri: str, matches: Matches, metadata: Mapping[str, str], opened: Callable[[str], pq.ParquetFile] = pq.ParquetFile
+    uri: str,
+    matches: Matches,
+    metadata: Mapping[str, str],
+    opened: Callable[[str], pq.ParquetFile] = pq.ParquetFile,
+    revise: Revise = _as_they_are,
 ) -> int:
     """Commits a version of a table without the rows that match, and returns how many there were.
 
-    Files without such rows stay as they are.
+    Files without such rows stay as they are, unless `revise` changes some of theirs.
 
     Raises:
         StoreError: the table cannot be written, another program commits to it at the same time, or the table has
@@ -110,7 +126,7 @@ def rewrite_delta(
         path = os.path.join(root, inside)
         file = opened(path)
         hits = [matches(group, path) for group in _groups(file)]
-        if not any(hit.any() for hit in hits):
+        if not any(hit.any() for hit in hits) and all(revise(group) is group for group in _groups(file)):
             continue
         _require_plain(table)
         gone = np.concatenate(hits)
@@ -125,11 +141,11 @@ def rewrite_delta(
         stats: dict[str, object] = {"numRecords": stayed}
         if spans:
             segments = kept_segments(read_segments(path), gone, inside)
-            write_without(file, path, matches, target, schema_with_segments(schema, segments))
+            write_without(file, path, matches, target, schema_with_segments(schema, segments), revise)
             require_rows(target, stayed, segments)
             stats = stats_of(segments)
         else:
-            write_without(file, path, matches, target)
+            write_without(file, path, matches, target, revise=revise)
         added.append(AddAction(name, os.path.getsize(target), values, 0, True, json.dumps(stats)))
     if removed:
         _append(table, LogEntry(partitions, dict(metadata), (metadata["run_id"], 1), added, removed))
@@ -233,7 +249,7 @@ def _scrub(root: str, table: DeltaTable, needed: set[str]) -> None:
 def _without_counts(line: str) -> str:
     action = json.loads(line)
     if "commitInfo" in action:
-        for name in (ADDED_FILES, REMOVED_FILES):
+        for name in COUNTS:
             action["commitInfo"].get("operationMetrics", {}).pop(name, None)
     return json.dumps(action, separators=(",", ":"), ensure_ascii=False)
 

@@ -24,6 +24,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from isal import isal_zlib
 
+from transforms.records.arrays import Bools, Ints, UInt64s
+
 # Rows encoded at a time: about 30 MB of records, so that the cost of calls per column is negligible.
 CHUNK_ROWS = 1 << 14
 # Rows that a thread turns into one gzip member; a gzip file may have several members.
@@ -42,7 +44,6 @@ _LONGEST_VARINT = 10
 _ROOM = 16
 
 Bytes = npt.NDArray[np.uint8]
-Ints = npt.NDArray[np.int64]
 # An element type of several bytes, which NumPy copies without interpreting it.
 Items = npt.NDArray[np.void]
 
@@ -243,8 +244,8 @@ class _Strings:
                 _put(out, places + head.itemsize, _items(self.content, length)[begins[there]])
 
 
-def _valid(column: pa.Array) -> npt.NDArray[np.bool_]:
-    valid: npt.NDArray[np.bool_] = column.is_valid().to_numpy(zero_copy_only=False)
+def _valid(column: pa.Array) -> Bools:
+    valid: Bools = column.is_valid().to_numpy(zero_copy_only=False)
     return valid
 
 
@@ -258,7 +259,7 @@ def _varint(value: int) -> bytes:
     return bytes([*found, value])
 
 
-def _varint_lengths(values: npt.NDArray[np.uint64]) -> Ints:
+def _varint_lengths(values: UInt64s) -> Ints:
     lengths, largest = np.ones(len(values), np.int64), int(values.max(initial=0))
     for bits in range(7, 64, 7):
         if largest >> bits:
@@ -266,7 +267,7 @@ def _varint_lengths(values: npt.NDArray[np.uint64]) -> Ints:
     return lengths
 
 
-def _varints(values: npt.NDArray[np.uint64], lengths: Ints) -> Items:
+def _varints(values: UInt64s, lengths: Ints) -> Items:
     """Varints of the given lengths, each followed by zeros up to 8 bytes, or up to 16 if one is longer than 8."""
     longest = int(lengths.max(initial=1))
     words = [
@@ -276,7 +277,7 @@ def _varints(values: npt.NDArray[np.uint64], lengths: Ints) -> Items:
     return np.stack(words, axis=1).astype("<u8", copy=False).view(f"V{8 * len(words)}")[:, 0]
 
 
-def _word(values: npt.NDArray[np.uint64], septets: int) -> npt.NDArray[np.uint64]:
+def _word(values: UInt64s, septets: int) -> UInt64s:
     """The lowest groups of seven bits, one per byte."""
     found = values & np.uint64(127)
     for place in range(1, septets):

@@ -13,21 +13,21 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 from schemas.errors import StoreError
 from transforms.storage.delta_log import LOG_FOLDER, commit_at, commits, file_actions, logged_versions, merged_files
 from transforms.storage.delta_tables import open_table, paths_of, table_root
 from transforms.storage.file_systems import FileSystems
-from transforms.storage.log_entries import ADDED_FILES, REMOVED_FILES
+from transforms.storage.log_check import DATA_FILE, entry_problem, incomplete
+from transforms.storage.log_entries import ADDED_FILES
 from transforms.storage.paths import MANIFEST, table_path_in_store, tables_below
 from transforms.storage.run_markers import MARKER, RunMarker
 from transforms.storage.stored_json import DAMAGE, explain_damage, parse_object, read_regular
 
 MANIFESTS, STATISTICS, SUMMARIES = "_manifests", "_statistics", "_summaries"
-# Names of Millrace's files: `<run>-<digest>.parquet`, and the hidden files that it or delta-rs writes before a rename.
-DATA_FILE = re.compile(r"[\w-]+-[0-9a-f]{16}\.parquet")
+# What Millrace or delta-rs writes aside before a rename.
 TEMPORARY_FILE = re.compile(r"\..+\.\d+-\d+(-journal)?|.+\.json\.part")
 TEMPORARY_LOG_FILE = re.compile(r".*(\.tmp|#\d+)")
 EXAMPLE_FILE = re.compile(r"(train|validate|test)-\d+-of-\d+\.(parquet|tfrecord\.gz)")
@@ -192,16 +192,17 @@ def runs_without_counts(uri: str) -> set[str]:
     every = logged_versions(uri)
     gaps = [high - 1 for low, high in itertools.pairwise(every) if high != low + 1]
     for version in gaps[:1]:
-        raise _unreadable(uri, version, "the entry is missing")
+        raise incomplete(uri, version, "the entry is missing")
+    folder = FileSystems.join(uri, LOG_FOLDER)
     for version in every:
-        info, added, removed = commit_at(uri, version), *file_actions(uri, version)
+        info = commit_at(uri, version)
         if "timestamp" not in info:
-            raise _unreadable(uri, version, "the entry has no metadata of its commit")
+            raise incomplete(uri, version, "the entry has no metadata of its commit")
+        if "://" not in folder and (problem := entry_problem(folder, version)):
+            raise incomplete(uri, version, problem)
         counts = info.get("operationMetrics")
         if not isinstance(counts, dict) or ADDED_FILES not in counts:
             runs.add(str(info.get("run_id")))
-        elif (int(counts[ADDED_FILES]), int(counts[REMOVED_FILES])) != (len(added), len(removed)):
-            raise _unreadable(uri, version, f"it has {len(added)} of {counts[ADDED_FILES]} added files")
     return runs
 
 
@@ -212,14 +213,6 @@ def _reported_later(store: str, run: str, newest: int) -> bool:
     except (OSError, *DAMAGE):
         return False
     return isinstance(version, int) and version > newest
-
-
-def _unreadable(uri: str, version: int, why: str) -> StoreError:
-    return StoreError(
-        "A table's log is as it was written",
-        f"version {version} of {uri}: {why}",
-        f"Restore {LOG_FOLDER} from a backup; nothing was removed",
-    )
 
 
 def _data_files(files: Iterable[StoredFile]) -> Iterator[StoredFile]:
@@ -364,10 +357,16 @@ def remove_waste(waste: Iterable[Waste]) -> tuple[int, int]:
 
 
 def pins_of(models: Mapping[str, Mapping[str, object]]) -> tuple[Pin, ...]:
-    """What must stay for `models`, a mapping from name and version ("buying 3") to the model's manifest."""
-    pins = []
-    for name, manifest in models.items():
-        table = manifest.get("feature_table")
-        if isinstance(table, Mapping) and "uri" in table and "version" in table:
-            pins.append(Pin(table_path_in_store(str(table["uri"])), int(str(table["version"])), name))
-    return tuple(pins)
+    """What must stay for `models`, whose manifests they are by name and version ("buying 3")."""
+    return tuple(
+        Pin(table_path_in_store(str(table["uri"])), int(str(table["version"])), name)
+        for name, manifest in models.items()
+        for table in tables_of(manifest)
+        if "uri" in table and "version" in table
+    )
+
+
+def tables_of(manifest: Mapping[str, object]) -> list[Mapping[str, object]]:
+    """The feature tables that a model was trained on, as its manifest records them; none if it does not say."""
+    found = manifest.get("views") or [manifest.get("feature_table")]
+    return [each for each in found if each and isinstance(each, Mapping)] if isinstance(found, Sequence) else []

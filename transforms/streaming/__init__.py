@@ -14,6 +14,7 @@ from transforms.public_names import import_when_used
 
 if TYPE_CHECKING:
     from transforms.streaming.accepted_rows import accepted_file
+    from transforms.streaming.beginnings import HISTORY_PARTITION
     from transforms.streaming.crash_guard import CrashGuard, guard_folder
     from transforms.streaming.fates import FATE_COLUMNS, RepeatMemory, known_columns, known_order, repeated_from
     from transforms.streaming.groups import shard_groups
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from transforms.streaming.kafka_properties import read_properties, secrets_of
     from transforms.streaming.live_dimensions import kept_version, rewrite_versions
     from transforms.streaming.live_features import DecodeBundles, DecodeChunks, LiveFeatures, to_journal
+    from transforms.streaming.live_job import LiveJob
     from transforms.streaming.live_settings import LiveSettings
     from transforms.streaming.live_tables import (
         BeyondOffsets,

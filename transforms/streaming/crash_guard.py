@@ -27,6 +27,8 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from transforms.storage.file_systems import open_regular
+from transforms.storage.stored_json import DAMAGE, parse_object, read_regular
 from transforms.streaming.messages import Message, by_partition
 
 log = logging.getLogger("millrace.live")
@@ -98,9 +100,8 @@ class CrashGuard:
         if folder.stat().st_uid != os.getuid():  # in a temporary folder, other users could create files of known names
             raise PermissionError(f"{folder} belongs to another user")
         self.folder = folder
-        with open(
-            folder / _LOCK, "a"
-        ) as lock:  # so that no other worker takes it for the note of a dead worker before it is locked
+        # So that no other worker takes it for the note of a dead worker before it is locked.
+        with os.fdopen(os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600), "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._read_notes()
             self.path = folder / f"{_NOTES}{uuid.uuid4().hex}"
@@ -114,20 +115,20 @@ class CrashGuard:
     def _read_notes(self) -> None:
         """Turns the notes of dead workers into suspects; reads all suspects and verdicts."""
         for path in self.folder.glob(f"{_NOTES}*"):
-            with contextlib.suppress(OSError), open(path, "rb") as file:
+            with contextlib.suppress(OSError), open_regular(str(path)) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its worker lives
-                size = int.from_bytes(file.read(8), "little")
-                noted = json.loads(file.read(size)) if 0 < size < NOTE_BYTES else []
-                for each in noted:
+                for each in _ranges(file.read(NOTE_BYTES)):
                     (self.folder / f"{_SUSPECTS}{uuid.uuid4().hex}").write_text(json.dumps(each))
                 path.unlink()
         for path in self.folder.glob(f"{_SUSPECTS}*"):
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                topic, partition, first, last = json.loads(path.read_text())
-                self.suspects.append(Suspects(topic, partition, first, last, str(path)))
-        with contextlib.suppress(OSError, ValueError):
-            lines = (self.folder / _VERDICTS).read_text().splitlines()
-            self.verdicts = {each["message"]: each["reason"] for each in map(json.loads, lines)}
+            with contextlib.suppress(OSError, *DAMAGE):
+                (found,) = _ranges_of(json.loads(b"[%b]" % read_regular(str(path))))
+                self.suspects.append(Suspects(*found, str(path)))
+        with contextlib.suppress(OSError, *DAMAGE):
+            for line in read_regular(str(self.folder / _VERDICTS)).decode(errors="replace").splitlines():
+                with contextlib.suppress(*DAMAGE):  # cut short, as by a full disk
+                    verdict = parse_object(line)
+                    self.verdicts[str(verdict["message"])] = str(verdict["reason"])
 
     @contextlib.contextmanager
     def decoding(self, messages: Sequence[Message]) -> Iterator[list[Message]]:
@@ -158,16 +159,25 @@ class CrashGuard:
             reason = self.trial.death(message)
             if reason:
                 self.verdicts[name] = reason
-                with open(self.folder / _VERDICTS, "a") as file:
-                    file.write(json.dumps({"message": name, "reason": reason}) + "\n")
+                self._keep_verdict(name, reason)
             else:
                 self.cleared.add(name)
         for each in [each for each in self.suspects if each.is_before(message)]:
             self.suspects.remove(each)
-            Path(each.file).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                Path(each.file).unlink(missing_ok=True)
         if not self.suspects:
             self.trial.close()
         return message._replace(refused=self.verdicts[name]) if name in self.verdicts else message
+
+    def _keep_verdict(self, name: str, reason: str) -> None:
+        """Appends to the verdicts; without the file, the next worker tries the message again."""
+        try:
+            handle = os.open(self.folder / _VERDICTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)
+            with os.fdopen(handle, "ab") as file:
+                file.write(b"\n" + json.dumps({"message": name, "reason": reason}).encode() + b"\n")
+        except OSError as error:
+            log.warning("the verdict on %s could not be kept: %s", name, error)
 
     def close(self) -> None:
         """Removes the worker's note."""
@@ -176,6 +186,29 @@ class CrashGuard:
             self.note.close()
             self.path.unlink(missing_ok=True)
             self.note = None
+
+
+Range = tuple[str, int, int, int]
+
+
+def _ranges(note: bytes) -> list[Range]:
+    """The messages that a note names; none if it is damaged."""
+    size = int.from_bytes(note[:8], "little")
+    if not 0 < size < NOTE_BYTES:
+        return []
+    with contextlib.suppress(*DAMAGE):
+        return _ranges_of(json.loads(note[8 : 8 + size]))
+    return []
+
+
+def _ranges_of(value: object) -> list[Range]:
+    """
+    Raises:
+        ValueError, TypeError: it is no list of topics with partition, first and last offset.
+    """
+    if not isinstance(value, list):
+        raise TypeError("a list is expected")
+    return [(str(topic), int(partition), int(first), int(last)) for topic, partition, first, last in value]
 
 
 def _name(message: Message) -> str:

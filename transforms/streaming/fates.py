@@ -14,7 +14,8 @@ import polars as pl
 
 from schemas.live import repeats_by
 from schemas.views import FeatureView, lifetime_sources
-from transforms.sources.repeats import NEVER_REPEATED, Ints, KnownOrder
+from transforms.records.arrays import Ints
+from transforms.sources.repeats import NEVER_REPEATED, KnownOrder
 from transforms.streaming.beginnings import HISTORY_PARTITION
 from transforms.streaming.row_origin import ORIGIN_COLUMNS
 

@@ -38,7 +38,7 @@ from transforms.streaming.progress import (
     version_name,
 )
 from transforms.streaming.repeats import Deduplicated
-from transforms.streaming.row_origin import RID, row_identity
+from transforms.streaming.row_origin import row_identity
 from transforms.streaming.step_messages import TurnEntry
 from transforms.streaming.time_buckets import TimeBuckets, size_of
 from transforms.streaming.view_journal import TurnContext, ViewJournal, ViewTurn
@@ -416,12 +416,8 @@ class Journal:
 
 def _with_fates(rows: pl.DataFrame, fates: Deduplicated) -> pl.DataFrame:
     """Accepted rows with columns that say whether each counts and which row it replaces."""
-    identities = row_identity(rows)
-    replaced = fates.replaced.unique(RID, keep="first", maintain_order=True)  # a row can name only one
-    return rows.with_columns(
-        identities.is_in(fates.counted[RID].implode()).alias("__counted"),
-        identities.to_frame().join(replaced, on=RID, how="left", maintain_order="left")["__instead"],
-    )
+    counted, instead, _ = fates.fates(row_identity(rows))
+    return with_series(rows, [counted, instead])
 
 
 def _copied(by_source: Mapping[str, Mapping[Key, int]]) -> dict[str, dict[Key, int]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from schemas.errors import StoreError
 from transforms.records.times import ALWAYS
+from transforms.storage.bounded import NoResponse, first_contact
 from transforms.streaming.kafka import TIMEOUT_SECONDS, Broker, _consumer, end_offsets
 
 if TYPE_CHECKING:
@@ -130,12 +131,21 @@ def check_reachable(what: str, flag: str, addresses: str) -> None:
     Raises:
         StoreError: none can be reached; the error names the reason of each.
     """
-    reasons = []
-    for address in addresses.split(","):
-        host, _, port = address.strip().rpartition(":")
-        try:
-            socket.create_connection((host or "localhost", int(port)), TIMEOUT_SECONDS / 2).close()
-            return
-        except (OSError, ValueError) as error:
-            reasons.append(f"{address}: {getattr(error, 'strerror', None) or error}")
-    raise StoreError(f"{what} can be reached", "; ".join(reasons), f"Start it, or correct {flag}")
+    reasons: list[str] = []
+
+    def connect() -> None:
+        for address in addresses.split(","):
+            host, _, port = address.strip().rpartition(":")
+            try:
+                socket.create_connection((host or "localhost", int(port)), TIMEOUT_SECONDS / 2).close()
+                reasons.clear()
+                return
+            except (OSError, ValueError, OverflowError) as error:
+                reasons.append(f"{address}: {getattr(error, 'strerror', None) or error}")
+
+    try:
+        first_contact(connect)  # names are looked up without a bound
+    except NoResponse as error:
+        reasons.append(str(error))
+    if reasons:
+        raise StoreError(f"{what} can be reached", "; ".join(reasons), f"Start it, or correct {flag}")

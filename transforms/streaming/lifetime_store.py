@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import numpy as np
 import polars as pl
 
 from schemas.feature_groups import group_key, without_columns
@@ -19,9 +21,10 @@ from schemas.views import FeatureView
 from transforms.features.kernel import KernelTables, computing
 from transforms.features.lifetime_summaries import Summary, merge_summaries, summarise
 from transforms.features.long_windows import firsts_and_lasts
-from transforms.records.row_hashing import UInt64s
+from transforms.features.packed_events import IndexedRows, PackedEvents
+from transforms.records.arrays import UInt64s
 from transforms.records.times import ALWAYS
-from transforms.streaming.time_buckets import SLOTS, IndexedRows, Piece
+from transforms.streaming.time_buckets import SLOTS, Change, Piece
 
 # How events are stored after their eviction: not at all (bounded windows), as a summary, or the first and last of them.
 Kind = Literal["none", "summary", "rows"]
@@ -51,7 +54,7 @@ class LifetimeStore:
         view: the view; it decides the columns.
         features: the features of the group.
         kind: "summary" or "rows".
-        slot: number of the group; modulo `SLOTS`, the slot of its state (see `time_buckets.take_changes`).
+        slot: number of the group; modulo `SLOTS`, the slot of its state.
     """
 
     def __init__(self, view: FeatureView, features: Sequence[Trailing | Latest], kind: Kind, slot: int) -> None:
@@ -63,7 +66,7 @@ class LifetimeStore:
         self.history = group_key(first).history
         self.nothing = self.reduced(pl.DataFrame(schema={name: self.source.schema[name] for name in self.columns}))
         self.parts: list[IndexedRows] = []
-        self.changes: dict[int, list[Piece] | None] = {}
+        self._changes: list[Change] = []
 
     def __len__(self) -> int:
         return sum(len(part.frame) for part in self.parts)
@@ -84,8 +87,12 @@ class LifetimeStore:
         if not len(reduced):
             return
         self._append(reduced)
-        if (changes := self.changes.setdefault(self.position % SLOTS, [])) is not None:
-            changes.append((self.position, reduced))
+        self._changes.append(Change(self.position, reduced))
+
+    def take_changes(self) -> list[Change]:
+        """Returns and clears the changes."""
+        changes, self._changes = self._changes, []
+        return changes
 
     def restore(self, _: int, reduced: pl.DataFrame) -> None:
         """Adds rows from a slot."""
@@ -101,15 +108,15 @@ class LifetimeStore:
     def whole(self) -> pl.DataFrame:
         return self._joined(self.parts)
 
-    def tables(self, hashes: UInt64s, events: pl.DataFrame) -> KernelTables:
+    def tables(self, hashes: UInt64s, events: PackedEvents) -> KernelTables:
         """The kernel's tables for the keys with `hashes`: the compacted events, and the `events` that are not evicted
         yet."""
-        wanted = pl.Series(hashes).unique().sort().to_numpy()
-        found = [part.frame[rows] for part in self.parts if len(rows := part.find(self.keys, wanted))]
-        kept = self._one(found)
-        if self.kind == "summary":
-            return KernelTables({self.source.name: events}, {self.history: Summary(kept, ALWAYS)})
-        return KernelTables({self.source.name: pl.concat([events, kept])})
+        if self.kind == "rows":
+            packed = dataclasses.replace(events, parts=[*events.parts, *self.parts])
+            return KernelTables({}, packed={self.source.name: packed})
+        wanted = np.unique(hashes)
+        kept = self._one([part.frame[rows] for part in self.parts if len(rows := part.find_hashes(self.keys, wanted))])
+        return KernelTables({}, {self.history: Summary(kept, ALWAYS)}, packed={self.source.name: events})
 
     def _append(self, reduced: pl.DataFrame) -> None:
         while self.parts and len(self.parts[-1].frame) <= 2 * len(reduced):

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, timedelta
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 from deltalake import DeltaTable
@@ -21,6 +20,7 @@ from deltalake import DeltaTable
 from schemas.errors import ConflictError, StoreError
 from schemas.live import accepted_rows, joined_sources, live_schema, live_sources, repeats_by
 from schemas.views import FeatureView
+from transforms.records.arrays import Ints
 from transforms.records.frame_packets import Head
 from transforms.records.record_batches import batch
 from transforms.sources.dead_letters import VIEW_DEAD_LETTERS
@@ -280,7 +280,7 @@ class UnknownIds(NewRows):
     once."""
 
     def __init__(self) -> None:
-        self.known: dict[date, dict[str, npt.NDArray[np.int64]]] = {}
+        self.known: dict[date, dict[str, Ints]] = {}
 
     def __call__(self, table: DeltaTable | None, frame: pl.DataFrame) -> pl.DataFrame:
         if table is None or not len(frame):
@@ -292,7 +292,7 @@ class UnknownIds(NewRows):
                 keep &= ~((days == day).to_numpy() & np.isin(ids, known))
         return frame if keep.all() else frame.filter(pl.Series(keep))
 
-    def _ids(self, table: DeltaTable, day: date) -> list[npt.NDArray[np.int64]]:
+    def _ids(self, table: DeltaTable, day: date) -> list[Ints]:
         known = self.known.setdefault(day, {})
         for file in data_files(table, day, day + timedelta(days=1)):
             if file.path not in known:

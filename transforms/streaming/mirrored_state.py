@@ -17,7 +17,7 @@ from apache_beam.coders import BytesCoder
 from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec
 
 from transforms.records.frame_packets import Head, pack, unpack
-from transforms.streaming.time_buckets import SLOTS, Store, slot_contents, take_changes
+from transforms.streaming.time_buckets import SLOTS, Change, Store
 
 Held = TypeVar("Held")
 Output = TypeVar("Output")
@@ -25,7 +25,7 @@ KeyedBytes = tuple[bytes, bytes]
 # The key of a step that has only one key.
 SINGLE_KEY = b"0"
 # The most pieces of a slot; a slot with more is rewritten as one piece.
-PIECES = 24
+PIECES = 100
 
 
 class ValueState(Protocol):
@@ -92,24 +92,31 @@ def load_slots(stores: Mapping[str, Store], slots: Slots) -> list[int]:
     """Fills `stores` from their slots.  Returns the number of pieces of each slot."""
     counts = []
     for slot in slots:
-        pieces = list(slot.read())
+        pieces = [unpack(piece) for piece in slot.read()]
         counts.append(len(pieces))
-        for piece in pieces:
-            head, frames = unpack(piece)
-            stores[head["store"]].restore(head["pane"], frames["rows"])
+        pieces.sort(key=lambda piece: piece[0].get("at", 0))  # a bag has no order
+        whole = {(head["store"], head["pane"]): n for n, (head, _) in enumerate(pieces) if head.get("whole")}
+        for n, (head, frames) in enumerate(pieces):
+            if n >= whole.get((head["store"], head["pane"]), 0):
+                stores[head["store"]].restore(head["pane"], frames["rows"])
     return counts
 
 
 def save_slots(stores: Mapping[str, Store], slots: Slots, counts: list[int]) -> None:
     """Writes the changes of `stores`: they are appended to a slot, or it is rewritten.  Updates `counts`."""
-    for number, pieces in take_changes(stores).items():
+    changes: dict[int, list[tuple[str, Change]]] = {}
+    for name, store in stores.items():
+        for change in store.take_changes():
+            changes.setdefault(change.bucket % SLOTS, []).append((name, change))
+    for number, pieces in changes.items():
         slot = slots[number]
-        if pieces is None or counts[number] + len(pieces) > PIECES:
+        if counts[number] + len(pieces) > PIECES:
             slot.clear()
             counts[number] = 0
-            pieces = slot_contents(stores, number)
-        for name, bucket, rows in pieces:
-            slot.add(pack({"store": name, "pane": bucket}, {"rows": rows}))
+            pieces = [(name, Change(*piece)) for name, store in stores.items() for piece in store.slot(number)]
+        for at, (name, change) in enumerate(pieces, counts[number]):
+            head = {"store": name, "pane": change.bucket, "at": at}
+            slot.add(pack({**head, "whole": True} if change.whole else head, {"rows": change.rows}))
         counts[number] += len(pieces)
 
 

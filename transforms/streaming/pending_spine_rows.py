@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping
 import polars as pl
 
 from schemas.views import FeatureView
+from transforms.features.packed_events import Keys
 from transforms.records.columns import moments_of, with_series
-from transforms.records.row_hashing import row_ids
+from transforms.records.row_hashing import key_hashes, row_ids
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.dead_letters import message_dead_letters
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, digest
-from transforms.streaming.time_buckets import MINUTE, TimeBuckets, key_hashes
+from transforms.streaming.time_buckets import MINUTE, TimeBuckets
 
+# Up to this many new spine rows are looked up one by one.
+FEW = 256
 # The rules by which a spine row that keeps the contract may be rejected.
 TOO_LATE = "a question comes no later than the spine's lateness and --keep allow"
 CONFLICTING = "one key asks one question at one time (the smallest, or the answered one, was kept)"
@@ -65,10 +68,11 @@ class PendingSpineRows:
                 self.count(spine, "too_late", len(old))
                 rows = rows.filter(pl.Series(~early))
         rows = with_series(rows, [pl.Series("__late", moments_of(rows, view.time) < watermark)])
-        before = self.known.take(("row_id",), key_hashes(rows, ["row_id"]), ALWAYS, FOREVER)
-        if before or rows["row_id"].n_unique() < len(rows):
-            rows, conflicts = self._distinct(rows, before)
-            dead_letters += conflicts
+        if not self._alone(rows):
+            before = self.known.take(("row_id",), key_hashes(rows, ["row_id"]), ALWAYS, FOREVER)
+            if before or rows["row_id"].n_unique() < len(rows):
+                rows, conflicts = self._distinct(rows, before)
+                dead_letters += conflicts
         if late := int(rows["__late"].sum()):
             self.count(spine, "late_questions", late)
         self.restore(rows, rows)
@@ -97,6 +101,13 @@ class PendingSpineRows:
     def oldest(self) -> int | None:
         """Time of the oldest spine row that waits, µs."""
         return min((int(moments_of(frame, self.view.time).min()) for frame in self.pending.all()), default=None)
+
+    def _alone(self, rows: pl.DataFrame) -> bool:
+        """Whether no row has the id of another one, new or known."""
+        if len(rows) > FEW:
+            return False
+        ids = Keys(rows, [("row_id",)]).distinct(("row_id",))
+        return len(ids.keys) == len(rows) and not self.known.holds(("row_id",), ids)
 
     def _distinct(self, rows: pl.DataFrame, before: list[pl.DataFrame]) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
         """Compares new spine rows with each other and with known ones that have the same ids.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import uuid
 from collections.abc import Mapping
 
@@ -24,7 +25,7 @@ from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.live_tables import features_record, features_table, source_record
 from transforms.streaming.progress import NO_EPOCH, CommitRecord, Epoch, RecoveryPoint, ViewRecord
 from transforms.streaming.recovery import find_recovery_point
-from transforms.streaming.replay import Replay
+from transforms.streaming.replay import Replay, stream_digests
 from transforms.streaming.store_owner import RecordedDefinition, claim
 from transforms.streaming.view_journal import REJECTED
 
@@ -87,10 +88,13 @@ class LiveFeaturesJob:
 
         Raises:
             DefinitionError: a source has no history, and the job does not start without.
-            StoreError: the store serves another view, or has read another stream.
+            StoreError: the store serves another view, or has read another stream, or a replay's files have changed
+                since.
         """
         self.handover.check()
-        claim(self.views, self.settings.store, self.stream, self.drop, self.definitions)
+        replay = self.replay
+        rows = None if replay is None else functools.partial(stream_digests, self.views, replay)
+        claim(self.views, self.settings.store, self.stream, self.drop, self.definitions, rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,12 +9,19 @@ import polars as pl
 
 from schemas.live import repeats_by
 from schemas.views import FeatureView
+from transforms.features.packed_events import Keys
+from transforms.records.columns import moments_of
+from transforms.records.row_hashing import key_hashes
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.streaming.fates import WindowReach, known_columns, known_order
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID
-from transforms.streaming.time_buckets import MINUTE, SLOTS, TimeBuckets, key_hashes
+from transforms.streaming.time_buckets import MINUTE, SLOTS, TimeBuckets
 
 _COUNTS, _NEW = "__counts", "__new"
+_NONE_UNCOMPARED = pl.Series(RID, [], pl.Int64)
+_NONE_REPLACED = pl.DataFrame(schema={RID: pl.Int64, "__instead": pl.Int64})
+# Up to this many new events are looked up key by key.
+FEW = 256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,7 +39,23 @@ class Deduplicated:
     counted: pl.DataFrame
     replaced: pl.DataFrame
     repeated: int
-    uncompared: pl.Series = dataclasses.field(default_factory=lambda: pl.Series(RID, [], pl.Int64))
+    uncompared: pl.Series = dataclasses.field(default_factory=lambda: _NONE_UNCOMPARED)
+
+    def fates(self, identities: pl.Series) -> list[pl.Series]:
+        """What is stored of the fates of all the new events (`FATE_COLUMNS`), which have these identities."""
+        size = len(identities)
+        if not self.repeated and not len(self.uncompared) and len(self.counted) == size:
+            return [
+                pl.Series("__counted", np.ones(size, np.bool_)),
+                pl.Series("__instead", [None], pl.Int64).new_from_index(0, size),
+                pl.Series("__uncompared", np.zeros(size, np.bool_)),
+            ]
+        replaced = self.replaced.unique(RID, keep="first", maintain_order=True)  # a row can name only one
+        return [
+            identities.is_in(self.counted[RID].implode()).alias("__counted"),
+            identities.to_frame().join(replaced, on=RID, how="left", maintain_order="left")["__instead"],
+            identities.is_in(self.uncompared.implode()).alias("__uncompared"),
+        ]
 
 
 class RepeatFinder:
@@ -65,17 +88,22 @@ class RepeatFinder:
                 compared. This is exact to the microsecond, because a shard cannot retract an event that it has
                 compacted.
         """
-        whole, uncompared = rows, pl.Series(RID, [], pl.Int64)
+        whole, uncompared = rows, _NONE_UNCOMPARED
         if horizon > ALWAYS:
             bound = horizon - self.reach.comparison_span(self.memory)
-            old = rows[self.order.time].to_physical() < bound
-            uncompared, rows = rows.filter(old)[RID], rows.filter(~old)
+            old = moments_of(rows, self.order.time) < bound
+            if old.any():
+                uncompared, rows = rows[RID].filter(pl.Series(old)), rows.filter(pl.Series(~old))
+        counts = pl.Series(np.ones(len(rows), np.bool_))
+        if len(rows) <= FEW and self._alone(rows):
+            self.restore(rows, counts)
+            return Deduplicated(whole, _NONE_REPLACED, 0, uncompared)
         hashes = key_hashes(rows, self.unique)
         found = self.store.take(tuple(self.unique), hashes, ALWAYS, FOREVER)
         if not found and len(np.unique(hashes)) == len(hashes):
-            self.restore(rows, pl.repeat(True, len(rows), dtype=pl.Boolean, eager=True))
-            return Deduplicated(whole, pl.DataFrame(schema={RID: pl.Int64, "__instead": pl.Int64}), 0, uncompared)
-        new = self._known(rows, pl.repeat(True, len(rows), dtype=pl.Boolean, eager=True))
+            self.restore(rows, counts)
+            return Deduplicated(whole, _NONE_REPLACED, 0, uncompared)
+        new = self._known(rows, counts)
         known = [each.join(rows, on=self.unique, how="semi").with_columns(pl.lit(False).alias(_NEW)) for each in found]
         both = pl.concat([*known, new.with_columns(pl.lit(True).alias(_NEW))])
         decided = self._decided(both.filter(pl.struct(self.unique).is_duplicated()))
@@ -93,6 +121,14 @@ class RepeatFinder:
             len(repeats) + len(replaced),
             uncompared,
         )
+
+    def _alone(self, rows: pl.DataFrame) -> bool:
+        """Whether no row has the `unique` value of another one, new or known."""
+        unique = tuple(self.unique)
+        if any(rows[name].dtype.is_float() for name in unique):
+            return False
+        keys = Keys(rows, [unique]).distinct(unique)
+        return len(keys.keys) == len(rows) and not self.store.holds(unique, keys)
 
     def _decided(self, rows: pl.DataFrame) -> pl.DataFrame:
         """The events in order, with whether they repeat another one, and the new one (`__by`) that a known one repeats.
@@ -117,4 +153,4 @@ class RepeatFinder:
 
     def _known(self, rows: pl.DataFrame, counts: pl.Series) -> pl.DataFrame:
         columns = list(dict.fromkeys([*known_columns(self.view, self.name), *ORIGIN_COLUMNS, RID]))
-        return rows.select(columns).with_columns(counts.alias(_COUNTS))
+        return rows[columns].hstack([counts.alias(_COUNTS)])

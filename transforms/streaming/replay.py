@@ -7,25 +7,24 @@ known, or after a seeded random delay.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import apache_beam as beam
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from schemas.live import joined_sources
 from schemas.sources import Source
 from schemas.views import FeatureView
-from transforms.records.row_hashing import hash_column, mix_bits
+from transforms.records.arrays import Ints
+from transforms.records.row_hashing import combine_hashes, hash_column, hash_columns, mix_bits
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import Contract
 from transforms.sources.inventory import survey_files
 from transforms.sources.listing import require_unchanged
 from transforms.sources.reader import read_raw
 from transforms.streaming.messages import Message, heartbeat, to_arrow, to_json
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +55,35 @@ class Replay:
 
 def chunks(views: Sequence[FeatureView], replay: Replay) -> Iterator[list[Message]]:
     """The messages, chunk by chunk; the last chunk has the heartbeats that end each partition."""
+    yield from chunks_of(views, _read(views, replay), replay)
+
+
+def stream_digests(views: Sequence[FeatureView], replay: Replay) -> dict[str, dict[str, str]]:
+    """By source and column, a digest of what the messages of a replay hold: which value comes at which offset."""
+    topics = _topics(views, _read(views, replay), replay)
+    return {topic.name: {column: topic.digest([column]) for column in topic.frame.columns} for topic in topics}
+
+
+def _read(views: Sequence[FeatureView], replay: Replay) -> dict[str, pl.DataFrame]:
+    """The rows of each source."""
     found = {
         name: survey_files(replay.root, Contract(source, tuple(source.schema)))
         for name, source in joined_sources(views).items()
     }
     frames = {name: read_raw(each.contract, each.slices) for name, each in found.items()}
-    require_unchanged(frames, [listing for each in found.values() for listing in each.listings])
-    yield from chunks_of(views, frames, replay)
+    return require_unchanged(frames, [listing for each in found.values() for listing in each.listings])
+
+
+def _topics(views: Sequence[FeatureView], frames: Mapping[str, pl.DataFrame], replay: Replay) -> list[_Topic]:
+    random, sources = np.random.default_rng(replay.seed), joined_sources(views)
+    return [_Topic.of(sources[name], frame, replay, random) for name, frame in frames.items()]
 
 
 def chunks_of(
     views: Sequence[FeatureView], frames: Mapping[str, pl.DataFrame], replay: Replay
 ) -> Iterator[list[Message]]:
     """As `chunks`, from rows in memory."""
-    random = np.random.default_rng(replay.seed)
-    topics = [_Topic.of(joined_sources(views)[name], frame, replay, random) for name, frame in frames.items()]
+    topics = _topics(views, frames, replay)
     numbers = np.unique(np.concatenate([topic.arrived // replay.chunk for topic in topics]))
     for number in numbers.tolist():
         start = number * replay.chunk
@@ -128,6 +141,12 @@ class _Topic:
             offset = self.offsets.get(partition, 0)
             self.offsets[partition] = offset + 1
             yield Message(self.name, partition, offset, int(self.arrived[some[-1]]), None, value)
+
+    def digest(self, columns: Sequence[str]) -> str:
+        """A digest of the time, of some columns and of the partition of each row, in order of arrival."""
+        hashes = hash_columns(self.frame, sorted(columns)).values()
+        rows = combine_hashes([*hashes, self.arrived.view(np.uint64), self.partition.view(np.uint64)])
+        return hashlib.sha256(rows.tobytes() if len(self.arrived) else b"").hexdigest()[:16]
 
     def end(self, partition: int) -> Message:
         """The heartbeat after which nothing follows on a partition."""

@@ -8,16 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from schemas.views import FeatureView
-from transforms.records.row_hashing import UInt64s
+from transforms.records.arrays import Bools, Ints, UInt64s
+from transforms.records.row_hashing import key_hashes, keys_hashes
 from transforms.streaming.groups import Group
 from transforms.streaming.step_messages import ShardTables
-from transforms.streaming.time_buckets import key_hashes, keys_hashes
-
-Bools = npt.NDArray[np.bool_]
 
 
 class TurnRouting:
@@ -92,15 +89,13 @@ class TurnRouting:
                 mine |= owner == shard
         return wanted
 
-    def _shards_of(
-        self, rows: pl.DataFrame, keys: Sequence[tuple[str, ...]]
-    ) -> dict[tuple[str, ...], npt.NDArray[np.int64]]:
+    def _shards_of(self, rows: pl.DataFrame, keys: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Ints]:
         """The shard of each row, by its key."""
         if len(self.tables) == 1:
             return {key: np.zeros(len(rows), np.int64) for key in keys}
         return {key: shard_of(hashes, len(self.tables)) for key, hashes in keys_hashes(rows, keys).items()}
 
 
-def shard_of(hashes: UInt64s, shards: int) -> npt.NDArray[np.int64]:
+def shard_of(hashes: UInt64s, shards: int) -> Ints:
     """The number of the shard of each key hash."""
     return (hashes >> np.uint64(33)).astype(np.int64) % shards

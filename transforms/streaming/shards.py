@@ -7,14 +7,17 @@ features.  `assemble` joins the features of a spine row's groups.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import polars as pl
 
 from schemas.views import FeatureView
 from transforms.features.kernel import KernelTables, compute, feature_columns
+from transforms.features.packed_events import PackedEvents
 from transforms.features.window_bounds import is_sorted
+from transforms.records.arrays import Bools
 from transforms.records.columns import moments_of
+from transforms.records.row_hashing import key_hashes, keys_hashes
 from transforms.records.times import ALWAYS
 from transforms.streaming.fates import WindowReach
 from transforms.streaming.groups import Group, shard_groups
@@ -22,7 +25,7 @@ from transforms.streaming.lifetime_store import LifetimeStore
 from transforms.streaming.routing import shard_of
 from transforms.streaming.row_origin import RID
 from transforms.streaming.step_messages import ShardFeatures, ShardInput
-from transforms.streaming.time_buckets import MINUTE, SLOTS, Store, TimeBuckets, key_hashes, keys_hashes, size_of
+from transforms.streaming.time_buckets import MINUTE, SLOTS, Store, TimeBuckets, size_of
 
 
 class Shard:
@@ -46,6 +49,8 @@ class Shard:
             for name, source in view.events.items()
         }
         self.nothing = {name: _nothing(view, name) for name in view.events}
+        # Groups of bounded windows are computed together if the same rows have their keys here.
+        self._together = _computed_together(self.groups, shards)
         self.compacted = {
             i: LifetimeStore(view, group.features, group.kind, i)
             for i, group in enumerate(self.groups)
@@ -94,29 +99,48 @@ class Shard:
     def compute_features(self, spine_rows: pl.DataFrame) -> dict[int, pl.DataFrame]:
         """For each number of a group, its features of the spine rows with keys of this shard, and their
         `__position`."""
-        hashes = keys_hashes(spine_rows, (group.spine_columns for group in self.groups))
+        owners: dict[tuple[str, ...], Bools] = {}
+        if self.shards > 1:
+            hashes = keys_hashes(spine_rows, (group.spine_columns for group in self.groups))
+            owners = {key: shard_of(some, self.shards) == self.number for key, some in hashes.items()}
         result = {}
-        for i, group in enumerate(self.groups):
-            mine = shard_of(hashes[group.spine_columns], self.shards) == self.number
-            if not mine.any():
+        for numbers in self._together:
+            group = self.groups[numbers[0]]
+            mine = owners.get(group.spine_columns)
+            if mine is not None and not mine.any():
                 continue
-            some = spine_rows if mine.all() else spine_rows.filter(pl.Series(mine))
-            moments = moments_of(some, self.view.time)
-            low, high = int(moments.min()) - group.reach, int(moments.max())
-            wanted = hashes[group.spine_columns][mine]
-            found = self.buckets[group.source].take(
-                group.source_columns, wanted, low if group.kind == "none" else ALWAYS, high
-            )
-            columns = self.view.columns_held(group.source)
-            events = pl.concat(found)[columns] if found else self.nothing[group.source]
-            tables = (
-                KernelTables({group.source: events})
-                if group.kind == "none"
-                else self.compacted[i].tables(wanted, events)
-            )
-            made = feature_columns(self.view, group.features, some, tables)
-            result[i] = pl.DataFrame([some["__position"], *made])
+            some = spine_rows if mine is None or mine.all() else spine_rows.filter(pl.Series(mine))
+            features = [feature for number in numbers for feature in self.groups[number].features]
+            made = {each.name: each for each in feature_columns(self.view, features, some, self._tables(numbers, some))}
+            for number in numbers:
+                columns = [made[name] for name in self.groups[number].names]
+                result[number] = pl.DataFrame([some["__position"], *columns])
         return result
+
+    def _tables(self, numbers: Sequence[int], spine_rows: pl.DataFrame) -> KernelTables:
+        """The kernel's tables for the features of groups that are computed together."""
+        moments = moments_of(spine_rows, self.view.time)
+        low, high = int(moments.min()), int(moments.max())
+        reach = dict[str, int]()
+        for group in map(self.groups.__getitem__, numbers):
+            reach[group.source] = max(reach.get(group.source, 0), group.reach if group.kind == "none" else low - ALWAYS)
+        packed = {
+            name: PackedEvents(self.buckets[name].few_parts(low - length, high), self.nothing[name])
+            for name, length in reach.items()
+        }
+        first = self.groups[numbers[0]]
+        if first.kind == "none":
+            return KernelTables({}, packed=packed)
+        return self.compacted[numbers[0]].tables(key_hashes(spine_rows, first.spine_columns), packed[first.source])
+
+
+def _computed_together(groups: Sequence[Group], shards: int) -> list[list[int]]:
+    """Numbers of groups by what one call of the kernel computes."""
+    together: dict[Hashable, list[int]] = {}
+    for number, group in enumerate(groups):
+        key = number if group.kind != "none" else "all" if shards == 1 else group.spine_columns
+        together.setdefault(key, []).append(number)
+    return list(together.values())
 
 
 def _nothing(view: FeatureView, source: str) -> pl.DataFrame:

@@ -6,7 +6,8 @@ types that they declare.  A view that was served and is not named any more must 
 by mistake.  The first job on a store writes the note to a file there.  If the file is missing, the tables show which
 views were served.
 
-Offsets are only valid in their own stream: the flags of a replay decide its offsets, the topics of Kafka theirs.
+Offsets are only valid in their own stream: the flags and files of a replay decide its offsets, the topics of Kafka
+theirs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import pyarrow as pa
@@ -53,12 +54,14 @@ class JobNote:
         declared: by source, the type of each declared column.
         definitions: of the versions that were ever served, by `version_name`.
         stream: everything that the offsets depend on, by the names of flags; None: it is not known.
+        rows: of a replay, digests of what its messages hold, by source and column; None: there are none.
     """
 
     served: Mapping[str, Sequence[str]]
     declared: Mapping[str, Mapping[str, str]]
     definitions: Mapping[str, RecordedDefinition] = dataclasses.field(default_factory=dict)
     stream: Mapping[str, object] | None = None
+    rows: Mapping[str, Mapping[str, str]] | None = None
 
     @classmethod
     def of(
@@ -78,16 +81,19 @@ class JobNote:
 
     def after(self, known: JobNote) -> JobNote:
         """This note, with what an earlier job recorded of other sources, other versions and the stream."""
+        stream, rows = (self.stream, self.rows) if self.stream is not None else (known.stream, known.rows)
         return dataclasses.replace(
             self,
             declared={**known.declared, **self.declared},
             definitions={**known.definitions, **self.definitions},
-            stream=known.stream if self.stream is None else self.stream,
+            stream=stream,
+            rows=rows,
         )
 
     def to_text(self) -> str:
         view, (fingerprint, *_) = next(iter(self.served.items()))
         stream = {} if self.stream is None else {"stream": self.stream}
+        rows = {} if self.rows is None else {"rows": self.rows}
         note = {
             "view": view,  # these two are all that an earlier version needs
             "fingerprint": fingerprint,
@@ -95,6 +101,7 @@ class JobNote:
             "declared": self.declared,
             "definitions": {name: dataclasses.asdict(each) for name, each in self.definitions.items()},
             **stream,
+            **rows,
         }
         return json.dumps(note, indent=2) + "\n"
 
@@ -104,7 +111,9 @@ class JobNote:
         note: Head = parse_object(text)
         served = note.get("served") or {note["view"]: [note["fingerprint"]]}
         definitions = {name: RecordedDefinition(**each) for name, each in note.get("definitions", {}).items()}
-        return cls(served, note.get("declared", {}), definitions, note.get("stream"))
+        rows = note.get("rows")
+        digests = None if rows is None else {name: dict(each) for name, each in rows.items()}
+        return cls(served, note.get("declared", {}), definitions, note.get("stream"), digests)
 
 
 def claim(
@@ -113,6 +122,7 @@ def claim(
     stream: Mapping[str, object] | None = None,
     drop: Sequence[str] = (),
     definitions: Mapping[str, RecordedDefinition] = MappingProxyType({}),
+    rows: Callable[[], Mapping[str, Mapping[str, str]]] | None = None,
 ) -> None:
     """Writes the note of a store, or checks that the job may continue with it.
 
@@ -122,6 +132,7 @@ def claim(
         stream: everything on which the offsets depend; None: it is not checked.
         drop: names of views that were served and are not any more.
         definitions: of the views, by `version_name`.
+        rows: of a replay, reads its files and digests what its messages hold, by source and column.
 
     Raises:
         StoreError: the store serves another view, or has read another stream, or its rows do not have the columns that
@@ -132,6 +143,7 @@ def claim(
     if known is None:
         _check_served(views, store, dict.fromkeys(_served_by_tables(store), store), drop)
         _check_columns(views, store, {})
+        mine = mine if rows is None else dataclasses.replace(mine, rows=rows())
         if "://" not in store:
             os.makedirs(store, exist_ok=True)
             try:
@@ -144,6 +156,8 @@ def claim(
         _check_served(views, store, dict.fromkeys(known.served, FileSystems.join(store, NOTE)), drop)
         _check_stream(views, store, mine, known)
         _check_columns(views, store, known.declared)
+        mine = mine if rows is None or mine.rows is not None else dataclasses.replace(mine, rows=rows())
+        _check_replayed(views, store, mine, known)
         mine = mine.after(known)
     if mine != known:
         write_file_atomically(store, NOTE, pa.py_buffer(mine.to_text().encode()))
@@ -222,6 +236,23 @@ def _has_read(views: Sequence[FeatureView], store: str) -> bool:
     """Whether the store has offsets of a topic."""
     records = [source_record(store, name) for name in joined_sources(views)]
     return any(of_topic(offsets) for each in records if each is not None for offsets in each.next.values())
+
+
+def _check_replayed(views: Sequence[FeatureView], store: str, mine: JobNote, known: JobNote) -> None:
+    """Checks that the files of a replay hold the messages that the store has read, whenever they were written."""
+    if known.rows is None or mine.rows is None or not _has_read(views, store):
+        return
+    changed = sorted(
+        name
+        for name, columns in mine.rows.items()
+        if any(known.rows.get(name, {}).get(column, digest) != digest for column, digest in columns.items())
+    )
+    if changed:
+        raise StoreError(
+            "A replay continues with the rows that it began with: with other rows the same offsets mean other messages",
+            f"files of {', '.join(changed)} that have changed since {store} was written",
+            "Restore the files, or replay them into another --store",
+        )
 
 
 def _served_by_tables(store: str) -> list[str]:

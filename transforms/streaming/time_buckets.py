@@ -8,81 +8,43 @@ reads all rows.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
+from transforms.features.packed_events import SMALL, DistinctKeys, IndexedRows
+from transforms.records.arrays import Ints, UInt64s
 from transforms.records.columns import moments_of
-from transforms.records.row_hashing import UInt64s, combine_hashes, hash_columns
+from transforms.records.times import ALWAYS, FOREVER
 
-Ints = npt.NDArray[np.int64]
 # A bucket and some of its rows.
 Piece = tuple[int, pl.DataFrame]
+
+
+class Change(NamedTuple):
+    """A change of a store.
+
+    Args:
+        bucket: which bucket.
+        rows: its new rows, or all its rows.
+        whole: whether these are all its rows.
+    """
+
+    bucket: int
+    rows: pl.DataFrame
+    whole: bool = False
+
+
 # Number of slots of checkpointed state; buckets share them.
 SLOTS = 8
 # The most buckets that rows added at once are split into.  Rows of more buckets are put into wider ones: otherwise a
 # job that catches up would split them into very small parts.
 SPREAD = 8
-# Small parts of a bucket are merged into parts of up to this many rows, because searching each part costs more.
-SMALL = 1000
+# Parts of all buckets but the last one are joined up to this many rows when few rows are looked up.
+JOINED = 100_000
 MINUTE = 60_000_000
-
-
-def key_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> UInt64s:
-    """One hash per row of the key `columns`; integers of different widths have equal hashes."""
-    return keys_hashes(frame, [tuple(columns)])[tuple(columns)]
-
-
-def keys_hashes(frame: pl.DataFrame, keys: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], UInt64s]:
-    """As `key_hashes`, for several keys."""
-    keys = list(dict.fromkeys(keys))
-    if not len(frame):
-        return {key: np.empty(0, np.uint64) for key in keys}
-    hashed = hash_columns(frame, [name for key in keys for name in key])
-    return {key: combine_hashes([hashed[name] for name in key]) for key in keys}
-
-
-class IndexedRows:
-    """Some rows of a bucket, none before `low` µs, with an index per key; the indexes of `keys` are built together."""
-
-    def __init__(self, frame: pl.DataFrame, low: int, keys: Sequence[tuple[str, ...]] = ()) -> None:
-        self.frame, self.low, self.keys = frame, low, keys
-        self._index: dict[tuple[str, ...], tuple[UInt64s, Ints]] = {}
-
-    @functools.cached_property
-    def _frame_bytes(self) -> int:
-        return int(self.frame.estimated_size())
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of its rows and indexes."""
-        return self._frame_bytes + sum(hashes.nbytes + rows.nbytes for hashes, rows in self._index.values())
-
-    def index(self, key: tuple[str, ...]) -> tuple[UInt64s, Ints]:
-        """Returns the sorted hashes and the rows that they belong to."""
-        if key not in self._index:
-            for each, hashes in keys_hashes(self.frame, {key, *(self.keys if key in self.keys else ())}).items():
-                order = np.argsort(hashes, kind="stable")
-                self._index[each] = hashes[order], order
-        return self._index[key]
-
-    def find(self, key: tuple[str, ...], wanted: UInt64s) -> Ints:
-        """Positions, ascending, of the rows whose key has one of the hashes `wanted`, which are distinct."""
-        hashes, order = self.index(key)
-        lo, hi = hashes.searchsorted(wanted, "left"), hashes.searchsorted(wanted, "right")
-        lengths = hi - lo
-        total = int(lengths.sum())
-        if not total:
-            return np.empty(0, np.int64)
-        if total == len(hashes):
-            return np.arange(total)
-        starts = np.cumsum(lengths) - lengths
-        positions = np.arange(total) - np.repeat(starts, lengths) + np.repeat(lo, lengths)
-        return np.sort(order[positions])
 
 
 class TimeBuckets:
@@ -93,17 +55,19 @@ class TimeBuckets:
         width: length of a bucket, µs.
         keys: columns by which rows are looked up.
 
-    Bucket n ends at (n + 1) · width, and usually begins where n − 1 ends.  `changes` has the changes of each slot since
-    they were last read: (bucket, rows) to append, or None if the slot must be rewritten.
+    Bucket n ends at (n + 1) · width, and usually begins where n − 1 ends.
     """
 
     def __init__(self, time: str, width: int, keys: Iterable[tuple[str, ...]] = ()) -> None:
         self.time, self.width, self.keys = time, max(width, 1), tuple(keys)
         self.buckets: dict[int, list[IndexedRows]] = {}
-        self.changes: dict[int, list[Piece] | None] = {}
+        self._joined: dict[tuple[int, ...], tuple[list[IndexedRows], IndexedRows]] = {}
+        self._added: list[Change] = []
+        self._rewritten: set[int] = set()
+        self._nothing: pl.DataFrame | None = None
 
     def __len__(self) -> int:
-        return sum(len(part.frame) for parts in self.buckets.values() for part in parts)
+        return sum(len(part) for parts in self.buckets.values() for part in parts)
 
     @property
     def bytes(self) -> int:
@@ -130,28 +94,74 @@ class TimeBuckets:
 
     def restore(self, bucket: int, frame: pl.DataFrame) -> None:
         """Adds rows of a bucket from its slot."""
+        if not len(frame):
+            self._nothing = frame
+            return
         self._append(bucket, frame, int(moments_of(frame, self.time).min()))
 
     def _add(self, number: int, frame: pl.DataFrame, low: int) -> None:
         self._append(number, frame, low)
-        if (changes := self.changes.setdefault(number % SLOTS, [])) is not None:
-            changes.append((number, frame))
+        self._added.append(Change(number, frame))
 
     def _append(self, number: int, frame: pl.DataFrame, low: int) -> None:
         parts = self.buckets.setdefault(number, [])
-        while parts and len(parts[-1].frame) <= max(2 * len(frame), SMALL - len(frame)):
+        if self._nothing is None:
+            self._nothing = frame.clear()
+        while parts and len(parts[-1]) <= max(2 * len(frame), SMALL - len(frame)):
+            if len(parts[-1]) + len(frame) <= SMALL:
+                parts[-1].add(frame, low)
+                return
             before = parts.pop()
             frame, low = pl.concat([before.frame, frame]), min(low, before.low)
-        parts.append(IndexedRows(frame.rechunk() if len(frame) <= SMALL else frame, low, self.keys))
+        parts.append(IndexedRows(frame, low, self.keys))
 
-    def _rewrite(self, number: int) -> None:
-        self.changes[number % SLOTS] = None
+    def take_changes(self) -> list[Change]:
+        """Returns and clears the changes."""
+        changes = [each for each in self._added if each.bucket not in self._rewritten]
+        for number in sorted(self._rewritten):
+            parts = [part.frame for part in self.buckets.get(number, ())]
+            assert self._nothing is not None
+            changes.append(Change(number, pl.concat(parts) if parts else self._nothing, whole=True))
+        self._added, self._rewritten = [], set()
+        return changes
 
-    def _parts(self, low: int, high: int) -> Iterator[IndexedRows]:
+    def parts(self, low: int, high: int) -> Iterator[IndexedRows]:
         """The parts that may have rows with times in `[low, high)`."""
         for number in sorted(self.buckets):
             if (number + 1) * self.width > low:
                 yield from (part for part in self.buckets[number] if part.low < high)
+
+    def few_parts(self, low: int, high: int) -> list[IndexedRows]:
+        """As `parts`, with those of buckets before the last one joined: to search each would cost more."""
+        last = self.buckets[max(self.buckets)] if self.buckets else []
+        newest = {id(part) for part in last}
+        before = [part for part in self.parts(ALWAYS, FOREVER) if id(part) not in newest]
+        large, small = (
+            self._joined_parts([part for part in before if (len(part) > SMALL) == wanted], most)
+            for wanted, most in ((True, JOINED), (False, SMALL))
+        )
+        self._joined = {key: self._joined[key] for key in (*large, *small) if key in self._joined}
+        return [part for part in [*large.values(), *small.values(), *last] if part.low < high]
+
+    def _joined_parts(self, parts: Sequence[IndexedRows], most: int) -> dict[tuple[int, ...], IndexedRows]:
+        """Neighbouring parts joined, each of at most `most` rows, by what identifies them."""
+        result = dict[tuple[int, ...], IndexedRows]()
+        some, size = list[IndexedRows](), 0
+        for part in [*parts, None]:
+            if part is not None and (not some or size + len(part) <= most):
+                some.append(part)
+                size += len(part)
+                continue
+            if some:
+                # The parts are kept beside what was joined, so that their ids stay theirs.
+                key = tuple(n for each in some for n in (id(each), len(each)))
+                if len(some) > 1 and key not in self._joined:
+                    rows = pl.concat([each.frame for each in some], rechunk=True)
+                    self._joined[key] = some, IndexedRows(rows, min(each.low for each in some), self.keys)
+                result[key] = self._joined[key][1] if len(some) > 1 else some[0]
+            if part is not None:
+                some, size = [part], len(part)
+        return result
 
     def take(self, key: tuple[str, ...], wanted: UInt64s, low: int, high: int) -> list[pl.DataFrame]:
         """Rows of buckets that overlap `[low, high)`, if their `key` has one of the hashes `wanted`.
@@ -160,11 +170,15 @@ class TimeBuckets:
         """
         wanted = np.unique(wanted)
         found = []
-        for part in self._parts(low, high):
-            rows = part.find(key, wanted)
+        for part in self.parts(low, high):
+            rows = part.find_hashes(key, wanted, self.time)
             if len(rows):
                 found.append(part.frame if len(rows) == len(part.frame) else part.frame[rows])
         return found
+
+    def holds(self, key: tuple[str, ...], wanted: DistinctKeys) -> bool:
+        """Whether some row has one of the keys `wanted`."""
+        return any(part.holds(key, wanted, self.time) for part in self.few_parts(ALWAYS, FOREVER))
 
     def all(self) -> list[pl.DataFrame]:
         return [part.frame for number in sorted(self.buckets) for part in self.buckets[number]]
@@ -179,7 +193,7 @@ class TimeBuckets:
         dropped = []
         for number in sorted(number for number in self.buckets if (number + 1) * self.width <= horizon):
             dropped += [part.frame for part in self.buckets.pop(number)]
-            self._rewrite(number)
+            self._rewritten.add(number)
         return dropped
 
     def drop(self, column: str, values: UInt64s | Ints) -> pl.DataFrame | None:
@@ -191,7 +205,7 @@ class TimeBuckets:
                 if hit.any():
                     gone.append(part.frame.filter(pl.Series(hit)))
                     parts[i] = IndexedRows(part.frame.filter(pl.Series(~hit)), part.low, self.keys)
-                    self._rewrite(number)
+                    self._rewritten.add(number)
             parts[:] = [part for part in parts if len(part.frame)]
         self.buckets = {number: parts for number, parts in self.buckets.items() if parts}
         return pl.concat(gone) if gone else None
@@ -206,7 +220,7 @@ class TimeBuckets:
                 if not before.any():
                     rest.append(part)
                     continue
-                self._rewrite(number)
+                self._rewritten.add(number)
                 if before.all():
                     taken.append(part.frame)
                 else:
@@ -219,35 +233,14 @@ class TimeBuckets:
 
 
 class Store(Protocol):
-    """An object in slots of checkpointed state: its content by slot, and the changes since they were last read."""
-
-    changes: dict[int, list[Piece] | None]
+    """An object in slots of checkpointed state: its content by slot, and the changes since they were last taken."""
 
     def __len__(self) -> int: ...
     @property
     def bytes(self) -> int: ...
     def slot(self, slot: int) -> list[Piece]: ...
+    def take_changes(self) -> list[Change]: ...
     def restore(self, bucket: int, frame: pl.DataFrame, /) -> None: ...
-
-
-def take_changes(stores: Mapping[str, Store]) -> dict[int, list[tuple[str, int, pl.DataFrame]] | None]:
-    """Returns and clears the changes by slot: (store, bucket, rows) to append; None: rewrite it (`slot_contents`)."""
-    changes: dict[int, list[tuple[str, int, pl.DataFrame]] | None] = {}
-    for name, store in stores.items():
-        for slot, pieces in store.changes.items():
-            if pieces is None or (slot in changes and changes[slot] is None):
-                changes[slot] = None
-            else:
-                known = changes.setdefault(slot, [])
-                assert known is not None
-                known += [(name, *piece) for piece in pieces]
-        store.changes = {}
-    return changes
-
-
-def slot_contents(stores: Mapping[str, Store], slot: int) -> list[tuple[str, int, pl.DataFrame]]:
-    """All rows of a slot, as (store, bucket, rows)."""
-    return [(name, *piece) for name, store in stores.items() for piece in store.slot(slot)]
 
 
 @dataclasses.dataclass(frozen=True)

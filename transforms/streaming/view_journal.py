@@ -208,10 +208,10 @@ class ViewJournal:
             self.count(name, "late", late)
         if name in self.repeats:
             columns = list(dict.fromkeys([*known_columns(self.view, name), *ORIGIN_COLUMNS]))
-            fates = self.repeats[name].deduplicate(rows.select(*columns, row_identity(rows)), context.horizon)
+            fates = self.repeats[name].deduplicate(rows[columns].hstack([row_identity(rows)]), context.horizon)
             if self.view.events[name] is not self.view.spine and fates.repeated:  # spine rows are counted elsewhere
                 self.count(name, "repeated", fates.repeated)
-            rows = fates.counted.select(*self.view.columns_held(name), RID)
+            rows = fates.counted[[*self.view.columns_held(name), RID]]
             if len(fates.replaced):
                 routing.add_replaced(name, fates.replaced["__instead"].alias(RID))
         else:

@@ -63,7 +63,7 @@ class CompareWithChampion(beam.PTransform):
                 log.warning("version %s is not compared with, and stays champion: %s", found.version, found.reason)
             return rows.pipeline | "Rival" >> beam.Create([found])
         missing: beam.PCollection | None = None
-        if found.own is not None:
+        if found.own:
             rows, missing = rows | "ChampionRows" >> OwnRows(found.own)
         scored = rows | "ScoreChampion" >> Score(found.pinned, threads=self.challenge.threads, carry=(LABEL,))
         report = scored | "EvaluateChampion" >> Evaluate(self.challenge.model, slices=False)
@@ -77,13 +77,13 @@ class ChampionComparison:
 
     Args:
         pinned: the champion.
-        caveats: notes on the comparison (see `Rival`).
-        own: its own feature table, if it reads other features than the challenger.
+        caveats: of the comparison (see `Rival`).
+        own: its own feature tables, if it reads other features.
     """
 
     pinned: PinnedModel
     caveats: str
-    own: OwnTable | None = None
+    own: tuple[OwnTable, ...] = ()
 
 
 def rival(report: Report, missing: int = 0, *, version: str, caveats: str) -> Rival:
@@ -113,7 +113,12 @@ def comparison(challenge: Challenge, split: Split) -> ChampionComparison | Rival
     if bundle.manifest["objective"] != model.objective:
         return Rival(version, None, f"version {version} has the objective {bundle.manifest['objective']}")
     inputs = tuple(bundle.encoders.inputs)
-    if bundle.fingerprint == model.view.fingerprint and set(inputs) <= set(schema_of(model).names):
+    same = bundle.fingerprint == model.rows.fingerprint and all(
+        model.rows.origins[name].name == each["view"]
+        for each in bundle.manifest.get("views") or ()
+        for name in each["inputs"]
+    )
+    if same and set(inputs) <= set(schema_of(model).names):
         return ChampionComparison(pinned, caveats)
     return own_comparison(challenge, split, bundle, ChampionComparison(pinned, caveats))
 
@@ -128,17 +133,26 @@ def own_comparison(
         return Rival(
             version, None, f"version {version} is keyed by {', '.join(manifest['key'])} and {manifest['time']}"
         )
-    try:
-        table = open_table(features_uri(challenge.store, manifest["view"], bundle.fingerprint))
-        if table is None:
-            return Rival(version, None, f"{reads}, of which there is no table in {challenge.store}")
-        files = tuple(data_files(table))
-    except StoreError as error:
-        return Rival(version, None, f"{reads}, whose table cannot be read: {error.value}")
-    if split.test_start is not None:
-        # A file's date is the first of its partition, which may begin before the test.
-        first = max((file.date for file in files if file.date <= split.test_start.date()), default=date.min)
-        files = tuple(file for file in files if first <= file.date < split.cutoff.date() + timedelta(days=1))
-    own = OwnTable(files, tuple(manifest["key"]), manifest["time"], tuple(bundle.encoders.inputs))
-    used = f"{reads}, and was tested on its own table's rows of the same moments (version {table.version()})"
-    return dataclasses.replace(found, own=own, caveats="; ".join(each for each in (found.caveats, used) if each))
+    views = manifest.get("views") or [
+        {"view": manifest["view"], "fingerprint": bundle.fingerprint, "inputs": tuple(bundle.encoders.inputs)}
+    ]
+    tables, versions = list[OwnTable](), list[int]()
+    for each in views:
+        try:
+            table = open_table(features_uri(challenge.store, each["view"], each["fingerprint"]))
+            if table is None:
+                return Rival(version, None, f"{reads}, of which there is no table in {challenge.store}")
+            files = tuple(data_files(table))
+        except StoreError as error:
+            return Rival(version, None, f"{reads}, whose table cannot be read: {error.value}")
+        if split.test_start is not None:
+            # A file's date is the first of its partition, which may begin before the test.
+            first = max((file.date for file in files if file.date <= split.test_start.date()), default=date.min)
+            files = tuple(file for file in files if first <= file.date < split.cutoff.date() + timedelta(days=1))
+        tables.append(OwnTable(files, tuple(manifest["key"]), manifest["time"], tuple(each["inputs"])))
+        versions.append(table.version())
+    which = f"version {', '.join(map(str, versions))}"
+    used = f"{reads}, and was tested on its own table's rows of the same moments ({which})"
+    return dataclasses.replace(
+        found, own=tuple(tables), caveats="; ".join(each for each in (found.caveats, used) if each)
+    )

@@ -17,7 +17,8 @@ from schemas import Model
 from schemas.splits import LABEL
 from transforms.evaluation.gates import Verdict
 from transforms.models.encoders import Encoding, as_distinct_values, as_doubles, input_column
-from transforms.records.exact_sums import UNIT, Floats, exact_squares, exact_sum, integer_sums
+from transforms.records.arrays import Floats
+from transforms.records.exact_sums import UNIT, exact_squares, exact_sum, integer_sums
 from transforms.training.examples import schema_of
 from transforms.training.fit_encoders import declared_inputs
 from transforms.validation.statistics import columns_described

@@ -28,8 +28,9 @@ from transforms.sources.inventory import Slices, survey_files
 from transforms.sources.listing import Listing, require_unchanged
 from transforms.sources.reader import ReadOptions, read_slices, repeats_of, without_repeats
 from transforms.storage.date_spans import TABLE_READ_ERRORS
-from transforms.storage.delta_tables import DataFile, file_groups, read_group, write_file_atomically
+from transforms.storage.delta_tables import DataFile, write_file_atomically
 from transforms.storage.file_systems import FileSystems, require_regular
+from transforms.storage.joined_features import JoinCounts, TableFiles, joined_groups, read_joined
 from transforms.storage.tfrecord_codec import gzipped
 from transforms.training import labels
 from transforms.training.labels import LabelCounts
@@ -41,16 +42,22 @@ EXAMPLES_FOLDER = "examples"
 
 @dataclasses.dataclass(frozen=True)
 class ExampleBlock:
-    """Consecutive files of the feature table, and the slices of the label's source that can label their rows.
+    """Consecutive files of the feature tables, and the slices of the label's source that can label their rows.
 
     Args:
         index, of: position among all blocks, and their number.
+        tables: files of the table of each of the model's views.
     """
 
     index: int
     of: int
-    files: tuple[DataFile, ...]
+    tables: TableFiles
     events: Slices
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The days of its files, `[start, end)` in µs."""
+        return span_of(self.tables)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,11 +112,12 @@ class ExamplesAccount:
     """Counts of what became of feature rows: `rows` = outside + waiting + dropped + entered, over all splits.
 
     Args:
-        rows: feature rows that were read.
+        rows: feature rows that were read; of several views, those that all of them have.
         counts: by split.
         labels: number of examples by split and label; for classes only.
         shards: the files that were written.
         rounded: examples whose label is a whole number that float32 does not hold.
+        missing: of several views, the rows that one of them lacks, by view (see `JoinCounts`).
     """
 
     rows: int = 0
@@ -117,6 +125,7 @@ class ExamplesAccount:
     labels: Mapping[str, Mapping[float, int]] = dataclasses.field(default_factory=dict)
     shards: tuple[ExampleShard, ...] = ()
     rounded: int = 0
+    missing: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def outside(self) -> int:
@@ -151,8 +160,14 @@ class ExampleRequest:
     version: int | None = None
 
 
-def plan_examples(files: Iterable[DataFile], request: ExampleRequest) -> ExamplePlan:
-    """Divide the feature table's `files` into blocks, each with the label events that it needs.
+def span_of(tables: TableFiles) -> tuple[int, int]:
+    """The days of the files, `[start, end)` in µs."""
+    dates = [file.date for files in tables for file in files]
+    return midnight(min(dates)), midnight(max(dates)) + DAY
+
+
+def plan_examples(tables: Sequence[Sequence[DataFile]], request: ExampleRequest) -> ExamplePlan:
+    """Divide the files of the feature tables, one table per view, into blocks, each with the label events it needs.
 
     Raises:
         DataError: no file is dated before the cutoff.
@@ -162,7 +177,7 @@ def plan_examples(files: Iterable[DataFile], request: ExampleRequest) -> Example
     contract = Contract(label.source, _columns_read(model), now=request.now, ordering=_columns_ordering(model))
     surveyed = survey_files(request.sources, contract, request.version)
     contract, slices = surveyed.contract, surveyed.slices
-    parts = list(file_groups(file for file in files if _midnight(file.date) < split.cutoff))
+    parts = list(joined_groups([[file for file in each if _midnight(file.date) < split.cutoff] for each in tables]))
     if not parts:
         raise DataError(
             "There are features before the cutoff",
@@ -172,8 +187,8 @@ def plan_examples(files: Iterable[DataFile], request: ExampleRequest) -> Example
     within = microseconds(label.within)
     blocks = []
     for index, part in enumerate(parts):
-        low, high = midnight(part[0].date), midnight(part[-1].date) + DAY + within
-        events = slices.overlapping(low, high)
+        low, high = span_of(part)
+        events = slices.overlapping(low, high + within)
         blocks.append(ExampleBlock(index, len(parts), part, events))
     repeats = repeats_of(contract, slices).first if label.source.unique else None
     return ExamplePlan(
@@ -209,10 +224,11 @@ def schema_of(model: Model) -> pa.Schema:
     It has key, time, inputs, columns of groups and slices, `row_id`, `date`, `__label` and `__label_time`.
     """
     view = model.view
+    schema = model.rows.schema
     sliced = [name for group in model.gates.slices for name in ((group,) if isinstance(group, str) else group)]
     groups = model.split.by if isinstance(model.split, GroupSplit) else ()
     names = dict.fromkeys([*view.key, view.time, *model.inputs, *groups, *sliced, "row_id", "date"])
-    fields = [view.output_schema.field(name) for name in names]
+    fields = [schema.field(name) for name in names]
     return pa.schema([*fields, pa.field(LABEL, pa.float32()), pa.field(LABEL_TIME, pa.timestamp("us", "UTC"))])
 
 
@@ -221,10 +237,10 @@ def make_examples(plan: ExamplePlan, block: ExampleBlock) -> tuple[dict[str, pa.
     model, schema = plan.model, schema_of(plan.model)
     known = [name for name in schema.names if name not in (LABEL, LABEL_TIME)]
     joined = [column for column, _ in model.label.keys if column not in known]
-    rows = frame(read_group(block.files, [*known, *joined]))
-    low = midnight(block.files[0].date)
-    high = midnight(block.files[-1].date) + DAY + microseconds(model.label.within)
-    events = read_slices(plan.contract, block.events, ReadOptions(low, high)).frame
+    found, counted = read_joined(model.rows, block.tables, [*known, *joined])
+    rows = frame(found)
+    low, high = block.span
+    events = read_slices(plan.contract, block.events, ReadOptions(low, high + microseconds(model.label.within))).frame
     events = without_repeats(model.label.source, events, plan.repeats)
     labelled = labels.attach(rows, events, model.label, model.view.time)
     parts, counts = labels.examples(labelled, model.label, plan.split, model.view.time)
@@ -232,7 +248,7 @@ def make_examples(plan: ExamplePlan, block: ExampleBlock) -> tuple[dict[str, pa.
     seen = {name: dict(part[LABEL].value_counts().iter_rows()) if classes else {} for name, part in parts.items()}
     rounded = sum(int(part.select(_rounded().sum()).item() or 0) for part in parts.values())
     examples = {name: batch(part, schema) for name, part in parts.items()}
-    return examples, ExamplesAccount(len(rows), counts, seen, rounded=rounded)
+    return examples, ExamplesAccount(len(rows), counts, seen, rounded=rounded, missing=counted.missing)
 
 
 def _rounded() -> pl.Expr:
@@ -328,17 +344,19 @@ class _Make(beam.DoFn):
 def add_accounts(accounts: Iterable[ExamplesAccount]) -> ExamplesAccount:
     """The sum of accounts, the same in any order of merging."""
     rows, rounded, counts, shards = 0, 0, dict.fromkeys(SPLITS, LabelCounts()), set()
+    joins = JoinCounts()
     seen: dict[str, dict[float, int]] = {name: {} for name in SPLITS}
     for each in accounts:
         rows += each.rows
         rounded += each.rounded
+        joins = joins + JoinCounts(each.rows, each.missing)
         shards |= set(each.shards)
         for name in each.counts:
             counts[name] = counts[name] + each.counts[name]
             for label, count in each.labels[name].items():
                 seen[name][label] = seen[name].get(label, 0) + count
     ordered = tuple(sorted(shards, key=lambda each: (SPLITS.index(each.split), each.index)))
-    return ExamplesAccount(rows, counts, seen, ordered, rounded)
+    return ExamplesAccount(rows, counts, seen, ordered, rounded, joins.missing)
 
 
 def require_usable(account: ExamplesAccount, plan: ExamplePlan) -> ExamplesAccount:

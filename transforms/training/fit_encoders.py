@@ -28,7 +28,8 @@ from transforms.models.encoders import (
     input_column,
     is_whole,
 )
-from transforms.records.exact_sums import Bins, Counts, Floats, Moments, as_fraction, exact_sum, group_sums
+from transforms.records.arrays import Floats, Ints
+from transforms.records.exact_sums import Bins, Moments, as_fraction, exact_sum, group_sums
 
 # The most distinct values for which quantiles are exact; with more, values are rounded to about 11 leading bits.
 QUANTILE_BINS = 1 << 16
@@ -36,7 +37,7 @@ QUANTILE_BINS = 1 << 16
 
 def declared_inputs(model: Model) -> tuple[Encoding, ...]:
     """The model's inputs in order, before fitting."""
-    schema = model.view.output_schema
+    schema = model.rows.schema
     return tuple(Encoding(name, str(schema.field(name).type), model.encode.get(name)) for name in model.inputs)
 
 
@@ -149,7 +150,7 @@ class Ranks:
     whole: Bins | None
 
     @classmethod
-    def of(cls, values: Counts) -> Ranks:
+    def of(cls, values: Ints) -> Ranks:
         whole = Bins.of_integers(values, QUANTILE_BINS)
         moments = (
             Moments(len(values), least=int(values.min()), greatest=int(values.max())) if len(values) else Moments()

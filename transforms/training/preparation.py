@@ -8,7 +8,7 @@ import importlib.metadata
 import logging
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from pathlib import Path
@@ -18,13 +18,13 @@ from deltalake import DeltaTable
 
 from schemas import Model
 from schemas.durations import instant
-from schemas.errors import DataError, StoreError
+from schemas.errors import DataError, DefinitionError, StoreError
 from schemas.loading import Definition, decode_python
 from transforms.features.manifest_store import read_manifest, warn_of_outdated
-from transforms.models.stored_records import ProvenanceRecord, SourceRecord, SplitBounds
+from transforms.models.stored_records import ProvenanceRecord, SourceRecord, SplitBounds, TableVersion
 from transforms.records.times import as_date
 from transforms.sources.inventory import version_of
-from transforms.storage.delta_tables import data_files
+from transforms.storage.delta_tables import DataFile, data_files
 from transforms.storage.feature_tables import open_feature_table
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_uri, source_uri
@@ -47,7 +47,7 @@ class TrainingRequest:
         store: address of the store.
         sources: folder of the label's source.
         run_id: id of the run, which registers one version.
-        features_version: version of the feature table; None means the newest.
+        features_versions: by view, the version of its feature table; of others the newest is read.
         label_version: version of the label's source, if that is a Delta table; None means the newest.
         start: first day of features to use; None means the first of the table.
         cutoff: the day before which everything is known; None means the day after the table's last.
@@ -61,7 +61,7 @@ class TrainingRequest:
     store: str
     sources: str
     run_id: str
-    features_version: int | None
+    features_versions: Mapping[str, int]
     label_version: int | None
     start: date | None
     cutoff: date | None
@@ -80,17 +80,23 @@ class TrainingRequest:
         return FileSystems.join(self.store, EXAMPLES_FOLDER, self.model.name, self.run_id)
 
 
-def open_features(request: TrainingRequest) -> DeltaTable:
-    """Open the feature table of the model's view.
+def open_features(request: TrainingRequest) -> list[DeltaTable]:
+    """Open the feature table of each of the model's views.
 
     Raises:
-        MismatchError: there are features of this view, but only under another fingerprint; both are named.
-        DataError: there are no features of this view.
+        MismatchError: there are features of a view, but only under another fingerprint; both are named.
+        DataError: there are no features of a view.
+        DefinitionError: a version is requested of a view that the model does not read.
     """
-    view = request.model.view
-    uri = features_uri(request.store, view.name, view.fingerprint)
+    names = [view.name for view in request.model.views]
+    if wrong := [name for name in request.features_versions if name not in names]:
+        raise DefinitionError(f"Model {request.model.name!r} reads the views {', '.join(names)}", repr(wrong[0]))
     command = f"millrace features --definition {request.definition.name} --store {request.store}"
-    return open_feature_table(uri, command, request.features_version, missing=DataError)
+    tables = []
+    for view in request.model.views:
+        uri = features_uri(request.store, view.name, view.fingerprint)
+        tables.append(open_feature_table(uri, command, request.features_versions.get(view.name), missing=DataError))
+    return tables
 
 
 def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, ProvenanceRecord]:
@@ -104,16 +110,19 @@ def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, ProvenanceR
     """
     model = request.model
     require_known(model.objective, first_trials(model))  # before anything is read
-    table = open_features(request)
-    warn_of_outdated(model.view, table)
-    files = data_files(table, request.start, request.cutoff)
-    if not files:
-        raise DataError(
-            "The feature table has rows before the cutoff",
-            f"none from {request.start or 'the first day'} to {request.cutoff or 'the last'}",
-            "Choose other dates, or compute features",
-        )
-    cutoff = instant(request.cutoff or max(file.date for file in files) + timedelta(days=1))
+    tables, files = open_features(request), []
+    for view, table in zip(model.views, tables, strict=True):
+        warn_of_outdated(view, table)
+        files.append(data_files(table, request.start, request.cutoff))
+        if not files[-1]:
+            whose = "" if len(tables) == 1 else f" of view {view.name!r}"
+            raise DataError(
+                f"The feature table{whose} has rows before the cutoff",
+                f"none from {request.start or 'the first day'} to {request.cutoff or 'the last'}",
+                "Choose other dates, or compute features",
+            )
+    # After the last day of one table no row of all views is there.
+    cutoff = instant(request.cutoff or min(max(file.date for file in each) for each in files) + timedelta(days=1))
     version = request.label_version
     if version is None:
         version = version_of(request.sources, model.label.source)
@@ -128,16 +137,36 @@ def prepare_training(request: TrainingRequest) -> tuple[ExamplePlan, ProvenanceR
     )
     plan = plan_examples(files, examples)
     return plan, {
-        "feature_table": {
-            "uri": table.table_uri,
-            "version": table.version(),
-            "first": str(min(file.date for file in files)),
-        },
-        "sources": sources_read(table),
+        **_provenance_of_features(model, tables, files),
         **_provenance_of_labels(request, plan, version),
         **_provenance_of_run(request, cutoff.date()),
         **_provenance_of_code(),
     }
+
+
+def _provenance_of_features(
+    model: Model, tables: Sequence[DeltaTable], files: Sequence[Sequence[DataFile]]
+) -> ProvenanceRecord:
+    """Manifest entries of the feature tables, and of the sources that they were computed from."""
+    versions: list[TableVersion] = [
+        {"uri": table.table_uri, "version": table.version(), "first": str(min(file.date for file in each))}
+        for table, each in zip(tables, files, strict=True)
+    ]
+    sources: dict[str, SourceRecord] = {}
+    for table in reversed(tables):
+        sources |= sources_read(table)
+    found: ProvenanceRecord = {"feature_table": versions[0], "sources": sources}
+    if len(tables) > 1:
+        found["views"] = [
+            {
+                "view": view.name,
+                "fingerprint": view.fingerprint,
+                "inputs": [name for name in model.inputs if model.rows.origins[name] is view],
+                **version,
+            }
+            for view, version in zip(model.views, versions, strict=True)
+        ]
+    return found
 
 
 def _provenance_of_labels(request: TrainingRequest, plan: ExamplePlan, version: int | None) -> ProvenanceRecord:

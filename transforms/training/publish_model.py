@@ -125,7 +125,7 @@ def _content(outcome: RunOutcome, where: Publication) -> TrainingRecord:
     found = verdicts(where.gates, report, where.metric, outcome.rival)
     found += outcome.findings.verdicts(where.gates.max_drift)
     metrics = metrics_record(report)
-    return {
+    content: TrainingRecord = {
         "model": where.name,
         "feature_rows": account.rows,
         "outside": account.outside,
@@ -150,6 +150,9 @@ def _content(outcome: RunOutcome, where: Publication) -> TrainingRecord:
         },
         "report": FileSystems.join(where.folder, FILE),
     }
+    if account.missing:
+        content["missing"] = dict(account.missing)
+    return content
 
 
 def register_model(content: TrainingRecord, pending: RegistrationRecord, uri: str, folder: str) -> TrainingRecord:

@@ -279,7 +279,7 @@ def save_best(
         "metric": model.metric,
         "problem": model.problem,
         "view": model.view.name,
-        "fingerprint": model.view.fingerprint,
+        "fingerprint": model.rows.fingerprint,
         "key": list(model.view.key),
         "time": model.view.time,
         "inputs": fitted.inputs,

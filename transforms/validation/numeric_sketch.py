@@ -17,10 +17,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from transforms.records import exact_sums
+from transforms.records.arrays import Floats, Ints, UInt64s
 from transforms.records.exact_sums import UNIT, as_fraction, exact_squares, exact_sum, integer_sums
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 Singles = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint32]
 
@@ -196,13 +195,13 @@ def _by_bin(names: Ints, lows: Floats) -> tuple[Ints, Ints, Ints, Ints]:
     return there if bins is None else bins, counts, low_sums, squares[there].astype(np.int64)
 
 
-def _lie_close(whole: npt.NDArray[np.int64] | npt.NDArray[np.uint64]) -> bool:
+def _lie_close(whole: Ints | UInt64s) -> bool:
     """Whether integers are exact as float32 and lie close enough to be counted by value."""
     least, greatest = int(whole.min()), int(whole.max())
     return least >= -_WHOLE and greatest <= _WHOLE and greatest - least <= max(len(whole), FEW)
 
 
-def _counted_integers(rows: int, whole: npt.NDArray[np.int64] | npt.NDArray[np.uint64]) -> NumericSketch:
+def _counted_integers(rows: int, whole: Ints | UInt64s) -> NumericSketch:
     """The sketch of integers that lie close: it follows from how often each value occurs."""
     least = int(whole.min())
     times = np.bincount(whole.astype(np.int64) - least)

@@ -24,8 +24,9 @@ from tensorflow_metadata.proto.v0 import statistics_pb2 as pb
 import transforms.records.record_batch_coder  # noqa: F401  registers the coder of RecordBatches
 from schemas.views import FeatureView
 from transforms.features.kernel import kernel_pool
+from transforms.records.arrays import Floats, Ints
 from transforms.records.row_hashing import hash_column
-from transforms.validation.numeric_sketch import Floats, Ints, NumericSketch
+from transforms.validation.numeric_sketch import NumericSketch
 
 BUCKETS = 10
 TOP_VALUES = 20

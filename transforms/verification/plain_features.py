@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from schemas.features import ORDERED, Derived, Latest, Lookup, Statistic, Trailing
 from schemas.views import FeatureView
+from transforms.records.arrays import Ints
 from transforms.verification.plain_expressions import as_stored, evaluate, where_true
 from transforms.verification.plain_sources import Tables, Wanted, dimension_row_of_each, events
 from transforms.verification.plain_statistics import exact_variance, plain_statistic, rounded, variances_allowed
 
-Ints = npt.NDArray[np.int64]
-Reading = Trailing | Latest | Lookup
-Waiting = list[tuple[Reading, pl.DataFrame]]
+ReadingFeature = Trailing | Latest | Lookup
+Waiting = list[tuple[ReadingFeature, pl.DataFrame]]
 
 
 def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published: pl.DataFrame) -> pl.DataFrame:
@@ -59,7 +58,7 @@ def recompute(view: FeatureView, spine: pl.DataFrame, tables: Tables, published:
     return computed(frame).select(*view.context, *view.columns)
 
 
-def _values(feature: Reading, frame: pl.DataFrame) -> pl.DataFrame:
+def _values(feature: ReadingFeature, frame: pl.DataFrame) -> pl.DataFrame:
     """The keys of the spine rows, with the names and types of the source's keys; a key that does not fit this type is
     null."""
     types = feature.source.schema
@@ -94,7 +93,7 @@ def _gathered(
     return made
 
 
-def _ordered(feature: Reading) -> bool:
+def _ordered(feature: ReadingFeature) -> bool:
     return isinstance(feature, Trailing) and any(each.stat in ORDERED for each in feature.statistics)
 
 

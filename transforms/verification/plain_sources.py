@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,11 +17,10 @@ import pyarrow.parquet as pq
 from schemas.errors import ContractError
 from schemas.sources import Source
 from schemas.views import FeatureView
+from transforms.records.arrays import Bools, Ints
 from transforms.sources.contracts import Contract, check_rows
 from transforms.sources.inventory import Slice, open_parquet, stamp_of
 
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 # Rows of a source in memory before they are reduced to those that are needed.
 PIECE = 500_000
 # Most rows that are kept of one source; a sample whose windows contain more is made smaller.

@@ -47,9 +47,9 @@ def test_nothing_of_a_marked_person_is_left(delta: bool, tmp_path: Path, capsys:
     for name in SOURCES:
         capsys.readouterr()
         assert store.erase(name) == 0
-        said = capsys.readouterr().out
-        assert "not reached: topics" in said
-        assert "vw 1" in said, "the model that learned from the rows is named"
+        printed = capsys.readouterr().out
+        assert "not reached: topics" in printed
+        assert "vw 1" in printed, "the model that learned from the rows is named"
     assert not [path for path in store.found() if not of_models(path)]
     store.run()
     assert not [path for path in store.found() if not (of_models(path))]
@@ -144,7 +144,7 @@ def test_a_store_at_work_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("where", "said"),
+    ("where", "printed"),
     [
         ("customer = 'a'", "declares: at, k, cust, note, price"),
         ("1 = 1", "--where names a column"),
@@ -154,12 +154,12 @@ def test_a_store_at_work_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFix
     ],
 )
 def test_a_condition_that_says_nothing_of_a_row_is_refused(
-    where: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    where: str, printed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = Store(tmp_path, DEFINITION.split("model = ")[0])
     store.put("orders", rows()["orders"])
     assert store.erase("orders", where) == 2
-    assert said in capsys.readouterr().err
+    assert printed in capsys.readouterr().err
     assert store.erase("order") == 2
     assert "Did you mean 'orders'" in capsys.readouterr().err
     assert not (store.store / "erasures").exists()

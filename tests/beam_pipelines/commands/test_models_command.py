@@ -89,10 +89,10 @@ def test_a_model_trained_without_a_registry_is_registered_later(
         experiment = client.get_run(parent).info.experiment_id
         nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
         artifacts = {each.path for each in client.list_artifacts(parent)}
-    told = {str(each["trial"]): each for each in kept["trials"]}
-    assert sorted(each.data.tags["millrace.trial"] for each in nested) == sorted(told)
+    reported = {str(each["trial"]): each for each in kept["trials"]}
+    assert sorted(each.data.tags["millrace.trial"] for each in nested) == sorted(reported)
     for each in nested:
-        trial = told[each.data.tags["millrace.trial"]]
+        trial = reported[each.data.tags["millrace.trial"]]
         assert each.info.status == ("FAILED" if trial["error"] else "FINISHED")
         assert each.data.metrics.get("best_validate_auc") == trial["value"]
     assert "report.html" in artifacts

@@ -19,8 +19,8 @@ def test_the_commands_it_prints_take_the_new_case_through_all_three_pipelines(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["new", "my_case"]) == 0
-    told = capsys.readouterr().out
-    commands = [shlex.split(line) for line in told.splitlines() if re.match(r"  (python|millrace) ", line)]
+    reported = capsys.readouterr().out
+    commands = [shlex.split(line) for line in reported.splitlines() if re.match(r"  (python|millrace) ", line)]
     assert [command[1] for command in commands] == [
         "my_case/data.py",
         "plan",

@@ -1,4 +1,4 @@
-"""`millrace plan` says what `features` would do, and why, and does nothing."""
+"""`millrace plan` shows what `features` would do, and why, and does nothing."""
 
 import hashlib
 import re
@@ -44,9 +44,9 @@ def test_a_new_table_would_be_computed_whole_and_nothing_is_written(
     assert content(tmp_path) == before
     out = capsys.readouterr().out
     assert "not there yet" in out
-    told = section(out, "features")
-    assert re.search(r"sales_by_shop_amount_mean_3d +Float32 +sales +mean of amount in the 3d before by shop", told)
-    assert re.search(r"hour +Int64 +its row", told)
+    reported = section(out, "features")
+    assert re.search(r"sales_by_shop_amount_mean_3d +Float32 +sales +mean of amount in the 3d before by shop", reported)
+    assert re.search(r"hour +Int64 +its row", reported)
     assert re.search(r"visits +2024-01-01 +2024-02-29 +600 +1 +the spine", section(out, "sources"))
     assert re.search(r"sales .* events, 3 d back", section(out, "sources"))
     assert re.search(r"2024-01-01–2024-02-29 +60 +600 +never computed: the table is new", section(out, "dates"))
@@ -84,9 +84,9 @@ def test_reasons_are_those_of_the_run_that_follows(case: list[str], tmp_path: Pa
 def test_what_is_asked_for_is_the_reason(case: list[str], flags: list[str], why: str) -> None:
     assert features.main(case) == 0
     options = features.parse([*case, *flags])
-    told = reasons(options, features.prepare(options))
-    assert [each[2] for each in told] == [why]
-    first, last, _ = told[0]
+    reported = reasons(options, features.prepare(options))
+    assert [each[2] for each in reported] == [why]
+    first, last, _ = reported[0]
     assert last - first + 1 == (60 if flags == ["--full"] else 2)
 
 
@@ -198,15 +198,15 @@ def long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_blocks_that_reach_too_far_are_cut_by_key_and_why_is_told(long: list[str], capsys: Out) -> None:
     assert "key shards" not in plan(long, capsys)
-    told = plan(long, capsys, "--block_rows", "200")
+    reported = plan(long, capsys, "--block_rows", "200")
     assert re.search(
         r"key shards \d+ per block of \d+ of them: the 40d window of sales reaches [\d,]+ rows, more than 600|"
         r"key shards \d+ per block: ",
-        told,
+        reported,
     )
-    assert "one shard of one key is in memory at a time" in told
-    assert "of what all windows of a block share one row per key is kept: 40d of sales" in told
-    assert re.search(r"medians, .* hold all events of a key at once, however many: 40d of sales", told)
+    assert "one shard of one key is in memory at a time" in reported
+    assert "of what all windows of a block share one row per key is kept: 40d of sales" in reported
+    assert re.search(r"medians, .* hold all events of a key at once, however many: 40d of sales", reported)
 
 
 def test_key_shards_asked_for_or_refused_are_shown_and_change_no_answer(
@@ -214,8 +214,8 @@ def test_key_shards_asked_for_or_refused_are_shown_and_change_no_answer(
 ) -> None:
     assert "key shards 5 per block: requested (--key_shards)" in plan(long, capsys, "--key_shards", "5")
     assert "key shards" not in plan(long, capsys, "--key_shards", "1", "--block_rows", "200")
-    told = plan(long, capsys, "--key_shards", "auto")
-    assert told == plan(long, capsys)
+    reported = plan(long, capsys, "--key_shards", "auto")
+    assert reported == plan(long, capsys)
     found = []
     for number, flags in enumerate(
         (("--key_shards", "1"), ("--key_shards", "5"), ("--block_rows", "200", "--broadcast_mb", "0"))
@@ -243,11 +243,11 @@ def test_a_dimension_is_broadcast_up_to_a_size_and_routed_above_it(long: list[st
 
 
 def test_the_plan_of_a_run_is_logged_as_it_is_printed(long: list[str], capsys: Out) -> None:
-    told = plan(long, capsys, "--block_rows", "200")
+    reported = plan(long, capsys, "--block_rows", "200")
     assert features.main([*long, "--block_rows", "200"]) == 0
-    said = capsys.readouterr().err
-    for line in told.splitlines():
-        assert line.strip() in said
+    printed = capsys.readouterr().err
+    for line in reported.splitlines():
+        assert line.strip() in printed
 
 
 def test_what_windows_over_all_history_read_is_told(long: list[str], capsys: Out, tmp_path: Path) -> None:
@@ -261,21 +261,21 @@ def test_what_windows_over_all_history_read_is_told(long: list[str], capsys: Out
     assert main(long) == 0
     out = capsys.readouterr().out
     assert re.search(r"sales .* events, all before, as a summary but for 3 d back", section(out, "sources"))
-    told = section(out, "plan")
+    reported = section(out, "plan")
     # A new table: whatever there is, and once more for the summary that the run leaves.
-    assert "sales is summarised from its first row (there is no snapshot to start from) on; slices of " in told
-    assert re.search(rf"slices of {len(sales):,} rows are read for it, beside those of the blocks", told)
-    assert f"unique columns alone, to find repeats: {len(sales):,} rows of sales" in told
-    assert "to see what has changed" in told  # the dimension: nothing of a new table's days is known before
-    assert "of sales" not in told.split("to see what has changed")[1].split("\n")[0]
+    assert "sales is summarised from its first row (there is no snapshot to start from) on; slices of " in reported
+    assert re.search(rf"slices of {len(sales):,} rows are read for it, beside those of the blocks", reported)
+    assert f"unique columns alone, to find repeats: {len(sales):,} rows of sales" in reported
+    assert "to see what has changed" in reported  # the dimension: nothing of a new table's days is known before
+    assert "of sales" not in reported.split("to see what has changed")[1].split("\n")[0]
 
     assert features.main([*long, "--end", "2024-02-20", "--no-statistics"]) == 0
-    told = plan(long, capsys)
+    reported = plan(long, capsys)
     days = sales.filter(pl.col("sold").dt.date() >= pl.date(2024, 2, 20))
-    assert "sales is summarised from the snapshot of 2024-02-20 on" in told
-    (read,) = re.findall(r"slices of ([\d,]+) rows are read for it", told)
+    assert "sales is summarised from the snapshot of 2024-02-20 on" in reported
+    (read,) = re.findall(r"slices of ([\d,]+) rows are read for it", reported)
     assert len(days) <= int(read.replace(",", "")) <= len(days) + 100, "row groups from that day on, and no others"
-    (digested,) = re.findall(r"to see what has changed: .*?([\d,]+) rows of sales", told)
+    (digested,) = re.findall(r"to see what has changed: .*?([\d,]+) rows of sales", reported)
     assert len(days) <= int(digested.replace(",", "")) <= len(days) + 100
 
     assert features.main([*long, "--no-statistics"]) == 0

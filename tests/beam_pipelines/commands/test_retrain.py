@@ -43,8 +43,8 @@ def test_a_version_comes_out_the_same_when_trained_again(store: Path, capsys: py
     nested = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert sorted(run.data.tags["millrace.trial"] for run in nested) == ["0", "1", "2"]
     for run in nested:
-        told = account(store, "first")["trials"][int(run.data.tags["millrace.trial"])]
-        assert run.data.metrics["best_validate_auc"] == told["value"]
+        reported = account(store, "first")["trials"][int(run.data.tags["millrace.trial"])]
+        assert run.data.metrics["best_validate_auc"] == reported["value"]
 
     # A source without versions whose files have changed is refused.
     pl.read_parquet(store / "sources/sales/part.parquet").head(-1).write_parquet(store / "sources/sales/part.parquet")
@@ -61,7 +61,7 @@ def test_a_label_source_rewritten_later_is_read_as_it_was(store: Path) -> None:
     before = account(store, "first")
     rows.with_columns(amount=-pl.col("amount")).write_delta(
         folder, mode="overwrite"
-    )  # nobody bought, says the newest version
+    )  # nobody bought in the newest version
     assert cli.main(["retrain", "1", "--store", str(store), "--run_id", "again"]) == 0
     found = json.loads((store / "runs/again/run.json").read_text())
     assert found["same_metrics"]
@@ -81,7 +81,7 @@ def test_vacuum_with_the_shortest_retention_keeps_what_a_version_was_trained_on(
         assert features.main(["--definition", definition, "--store", str(store), "--run_id", f"later-{number}"]) == 0
     (table,) = (store / "features" / "buying").iterdir()
     before = set(table.rglob("date=*/*.parquet"))
-    shutil.rmtree(store / "runs")  # the registry's own copy says what it was trained on
+    shutil.rmtree(store / "runs")  # the registry's own copy records what it was trained on
     assert cli.main(["vacuum", "--store", str(store), "--older_than", "0s", "--retention", "0s", "--force"]) == 0
     gone = before - set(table.rglob("date=*/*.parquet"))
     assert gone == {path for path in before if path.name.startswith(("later-1-", "later-2-"))}, "the versions between"

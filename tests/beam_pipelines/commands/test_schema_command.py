@@ -50,8 +50,8 @@ def call(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):  # ty
                 *flags,
             ]
         )
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
 
     call.path = path  # type: ignore[attr-defined]
     return call
@@ -76,9 +76,9 @@ def stopped(store: Path, path: Path, run_id: str) -> AnomalyError:
 
 
 def test_an_inferred_schema_is_kept_by_the_rows_it_came_from(call) -> None:  # type: ignore[no-untyped-def]
-    code, said, _ = call("infer")
+    code, printed, _ = call("infer")
     assert code == 0
-    assert "5 columns, drift as between 60 intervals of 1 d.  Review it" in said
+    assert "5 columns, drift as between 60 intervals of 1 d.  Review it" in printed
     text = call.path.read_text()
     assert text.startswith("# What the features of this use case look like")
     found = parse_schema(text)
@@ -90,16 +90,16 @@ def test_an_inferred_schema_is_kept_by_the_rows_it_came_from(call) -> None:  # t
         "sales_by_shop_amount_count_3d",
     ]
     assert list(found.string_domain[0].value) == ["north", "south", "west"]
-    code, said, _ = call("check")
+    code, printed, _ = call("check")
     assert code == 0
-    assert f"keeps {call.path}" in said
+    assert f"keeps {call.path}" in printed
 
 
 def test_infer_does_not_write_over_a_reviewed_schema(call) -> None:  # type: ignore[no-untyped-def]
     call.path.write_text("# reviewed")
-    code, _, said = call("infer")
+    code, _, printed = call("infer")
     assert code == 2
-    assert f"{call.path} is there" in said
+    assert f"{call.path} is there" in printed
     assert call.path.read_text() == "# reviewed"
     assert call("infer", "--force")[0] == 0
     assert parse_schema(call.path.read_text()).feature
@@ -108,10 +108,10 @@ def test_infer_does_not_write_over_a_reviewed_schema(call) -> None:  # type: ign
 def test_check_names_what_breaks_and_exits_with_7(call) -> None:  # type: ignore[no-untyped-def]
     call("infer")
     call.path.write_text(call.path.read_text().replace('  value: "west"\n', ""))
-    code, said, _ = call("check")
+    code, printed, _ = call("check")
     assert code == 7
-    assert "1 anomaly against" in said
-    assert "shop: Unexpected string values: Examples contain values missing from the schema: west" in said
+    assert "1 anomaly against" in printed
+    assert "shop: Unexpected string values: Examples contain values missing from the schema: west" in printed
 
 
 def test_update_follows_a_stopped_run_and_shows_how(store: Path, call) -> None:  # type: ignore[no-untyped-def]
@@ -119,34 +119,34 @@ def test_update_follows_a_stopped_run_and_shows_how(store: Path, call) -> None: 
     error = stopped(store, call.path, "stopped")
     assert "schema update --definition d --store s --run_id stopped" in str(error)
     assert call("check", "--run_id", "stopped")[0] == 7
-    code, said, _ = call("update", "--run_id", "stopped")
+    code, printed, _ = call("update", "--run_id", "stopped")
     assert code == 0
-    changed = [line for line in said.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    changed = [line for line in printed.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
     assert '+  value: "east"' in changed
     assert all("threshold" in line or "east" in line for line in changed)  # and how far the age moved
     assert "east" in parse_schema(call.path.read_text()).string_domain[0].value
     assert call("check", "--run_id", "stopped")[0] == 0
-    code, said, _ = call("update", "--run_id", "stopped")
+    code, printed, _ = call("update", "--run_id", "stopped")
     assert code == 0
-    assert "nothing to change for run stopped, [2024-03-01, 2024-03-03)" in said
+    assert "nothing to change for run stopped, [2024-03-01, 2024-03-03)" in printed
 
 
 def test_bounds_on_drift_are_looser_between_days_than_between_weeks(call) -> None:  # type: ignore[no-untyped-def]
     bounds = []
     for every in ("1d", "2w"):
-        code, said, _ = call("infer", "--force", "--every", every)
+        code, printed, _ = call("infer", "--force", "--every", every)
         assert code == 0
         found = {each.name: each.drift_comparator for each in parse_schema(call.path.read_text()).feature}
         bounds.append(found["age"].jensen_shannon_divergence.threshold)
-    assert "between 4 intervals of 14 d" in said  # 60 days hold four whole ones
+    assert "between 4 intervals of 14 d" in printed  # 60 days hold four whole ones
     assert bounds[0] > bounds[1] >= 0.1
 
 
 def test_rows_of_an_interval_can_be_meant(call) -> None:  # type: ignore[no-untyped-def]
     assert call("infer", "--start", "2024-01-05", "--end", "2024-01-20")[0] == 0
-    code, said, _ = call("check", "--start", "2024-01-05", "--end", "2024-01-20")
+    code, printed, _ = call("check", "--start", "2024-01-05", "--end", "2024-01-20")
     assert code == 0
-    assert "rows of [2024-01-05, 2024-01-20): keeps" in said
+    assert "rows of [2024-01-05, 2024-01-20): keeps" in printed
 
 
 @pytest.mark.parametrize(
@@ -166,17 +166,17 @@ def test_rows_of_an_interval_can_be_meant(call) -> None:  # type: ignore[no-unty
     ],
 )
 def test_mistakes_are_told(call, action: str, flags: tuple[str, ...], code: int, part: str) -> None:  # type: ignore[no-untyped-def]
-    found, _, said = call(action, *flags)
+    found, _, printed = call(action, *flags)
     assert found == code
-    assert part in said
+    assert part in printed
     assert not call.path.exists()
 
 
 def test_a_run_without_statistics_is_told(call) -> None:  # type: ignore[no-untyped-def]
     call("infer")
-    code, _, said = call("check", "--run_id", "unknown")
+    code, _, printed = call("check", "--run_id", "unknown")
     assert code == 4
-    assert "statistics can be read" in said
+    assert "statistics can be read" in printed
 
 
 def test_the_schema_stands_beside_the_definition_by_default(store: Path) -> None:

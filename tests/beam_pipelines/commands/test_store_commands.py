@@ -1,4 +1,4 @@
-"""`millrace tables` and `millrace trace`; and what a failed run says."""
+"""`millrace tables` and `millrace trace`; and the message of a failed run."""
 
 import re
 import shutil

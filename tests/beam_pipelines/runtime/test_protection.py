@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from beam_pipelines import features
 from beam_pipelines.runtime.errors import guard
 from beam_pipelines.runtime.protection import hide, printable, terminal_of, without_secrets
-from beam_pipelines.runtime.run_report import Run, progress, table, write_json
+from beam_pipelines.runtime.run_report import Run, figures_table, progress, write_json
 from beam_pipelines.runtime.terminal import columns
 from schemas.errors import DataError
 from tests.support import market
@@ -27,7 +27,7 @@ ATTACK = "a\x1b[2Kb\r\x9b31m\x08\u202ec\x7f"
 @given(st.text())
 def test_what_is_printed_has_no_control_characters(text: str) -> None:
     shown = printable(text)
-    assert all(letter.isprintable() or letter in "\n\t" or ord(letter) >= 0x80 for letter in shown)
+    assert all(dead_letter.isprintable() or dead_letter in "\n\t" or ord(dead_letter) >= 0x80 for dead_letter in shown)
     assert not set(shown) & {"\x1b", "\r", "\x9b", "\u202e", "\x7f", "\u2028"}
     assert printable(shown) == shown
 
@@ -37,7 +37,7 @@ def test_every_way_out_of_a_command_is_escaped(capsys: pytest.CaptureFixture[str
         print(ATTACK)
         sys.stderr.writelines([ATTACK])
         print(columns(["name", "x"], [[ATTACK + "\nforged", "1"]]))
-        print(table("t", {"x": ATTACK}))
+        print(figures_table("t", {"x": ATTACK}))
         progress()
         logging.getLogger("millrace.test").warning("says %s", ATTACK)
         raise DataError("A rule", ATTACK, "")
@@ -131,7 +131,7 @@ def test_a_value_with_line_feeds_begins_no_line_of_its_own(capsys: pytest.Captur
         progress()
         logging.getLogger("millrace.test").warning("row %s is odd", forged)
         print(columns(["name"], [[forged]]))
-        print(table("t", {"x": forged}))
+        print(figures_table("t", {"x": forged}))
         print(format_value(forged))
         with Run("features", "r", str(tmp_path / "r")):
             raise DataError("A rule", forged, forged)
@@ -154,7 +154,7 @@ DEFINITIONS = {
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
-def test_what_a_definition_says_has_no_control_characters(name: str, tmp_path: Path) -> None:
+def test_the_output_of_a_definition_has_no_control_characters(name: str, tmp_path: Path) -> None:
     """In a process of its own, so that what Python itself prints counts too."""
     text, code = DEFINITIONS[name]
     (tmp_path / "definition.py").write_text(text)

@@ -253,7 +253,7 @@ LIFETIME_DAYS = 40
 
 
 def lifetime_sources(days: Sequence[int]) -> dict[str, pl.DataFrame]:
-    """One event a key and day, at six; six questions on each of the days, at noon."""
+    """One event per key and day, at six; six spine rows on each of the days, at noon."""
     events = [
         (at(day + 0.25 + key / 1000), key, float(day * 10 + key) / 4)
         for day in range(LIFETIME_DAYS)
@@ -272,7 +272,7 @@ def lifetime_sources(days: Sequence[int]) -> dict[str, pl.DataFrame]:
 
 
 def lifetime_truth(asked: pl.DataFrame, events: pl.DataFrame) -> dict[str, dict[str, Any]]:
-    """Every question's features by looking at every event: id → name → value."""
+    """The features of every spine row, by looking at every event: id → name → value."""
     found = {}
     for spine_row in asked.iter_rows(named=True):
         seen = events.filter(pl.col("k") == spine_row["k"], pl.col("at") < spine_row["at"]).sort("at")["v"].to_list()
