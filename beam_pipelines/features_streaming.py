@@ -6,6 +6,7 @@ Messages come from Kafka topics, or from files that a replay sends as messages. 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -32,9 +33,11 @@ from beam_pipelines.runtime.job_supervisor import (
 from beam_pipelines.runtime.live_compaction import FEATURES_TABLES, compacting
 from beam_pipelines.runtime.run_report import Run, execute
 from beam_pipelines.runtime.streaming_arguments import Length, StreamingArguments, StreamingOptions
-from schemas.errors import DefinitionError
+from schemas.errors import DefinitionError, StoreError
 from schemas.live import joined_sources, newest_versions
 from schemas.loading import Definition, decode_python, load_definition, load_recorded
+from transforms.lineage.erasure_records import erasures
+from transforms.lineage.feature_parity import unaccounted_after_erasures
 from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND
 from transforms.storage.paths import sources_root
 from transforms.streaming.crash_guard import guard_folder
@@ -52,7 +55,7 @@ from transforms.streaming.preparation import (
 from transforms.streaming.progress import version_name
 from transforms.streaming.replay import Replay, SendChunks
 from transforms.streaming.step_messages import start_envelope
-from transforms.streaming.store_owner import RecordedDefinition, read_note
+from transforms.streaming.store_owner import RecordedDefinition, has_read, read_note
 
 LENGTHS = (
     Length("pace", "200ms", "minimum interval between micro-batches"),
@@ -276,6 +279,7 @@ def envelopes_of_topics(pipeline: beam.Pipeline, options: StreamingOptions, plan
 def main(argv: Sequence[str]) -> int:
     """Runs the job until the end of the replay, the end of every partition of the topics, or a signal."""
     options, job = parse(argv)
+    refuse_erased_replay(options, job)
     job.check_and_claim()
     with Run("features --streaming", options.job.run_id, options.folder) as run:
         if options.job.replaying:
@@ -284,9 +288,31 @@ def main(argv: Sequence[str]) -> int:
             run_live(options, job)
         status = read_status(options.status)
         figures = live_features_figures(job, status)
+        if job.settings.table:
+            views = [
+                dataclasses.replace(each, recounted=unaccounted_after_erasures(each.view, options.job.store))
+                for each in figures.views
+            ]
+            figures = dataclasses.replace(figures, views=tuple(views))
         run.update(figures.to_json())
     figures.check(ended=status.get("last", options.job.replaying))
     return 0
+
+
+def refuse_erased_replay(options: StreamingOptions, job: LiveFeaturesJob) -> None:
+    """Refuses to continue a replay after rows of its sources were erased: it would send them again.
+
+    Raises:
+        StoreError: see above.
+    """
+    if not options.job.replaying or not has_read(job.views, options.job.store):
+        return
+    if erased := sorted({each.source for each in erasures(options.job.store)} & job.topics.keys()):
+        raise StoreError(
+            "A replay is not continued after rows were erased: it sends all its rows again, and these too",
+            f"erased rows of {', '.join(erased)} in {options.job.store}",
+            "Replay files without these rows into another --store",
+        )
 
 
 def run_replay(options: StreamingOptions, job: LiveFeaturesJob) -> None:

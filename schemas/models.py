@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -247,6 +247,27 @@ class Model:
     features: Sequence[str] | None = None
     others: Sequence[FeatureView] = ()
     place: str = dataclasses.field(default="", init=False, repr=False)
+
+    if TYPE_CHECKING:  # the fields again: to type checkers a list of views is no FeatureView
+
+        def __init__(  # noqa: PLR0913
+            self,
+            view: FeatureView | Sequence[FeatureView],
+            label: Label,
+            split: TimeSplit | GroupSplit | RollingOrigin,
+            objective: str = "binary:logistic",
+            metric: str = "auc",
+            encode: Mapping[str, encoders.Encoder] = ...,
+            params: Params = ...,
+            rounds: int = 300,
+            early_stopping: int = 0,
+            search: Search | None = None,
+            gates: Gates = ...,
+            seed: int = 0,
+            name: str = "",
+            features: Sequence[str] | None = None,
+            others: Sequence[FeatureView] = (),
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "place", built_at())

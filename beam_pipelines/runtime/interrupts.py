@@ -38,6 +38,8 @@ class Interrupt:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._signalled)
             sys.unraisablehook = self._lost
+            # Python gives SIGINT back to the system while it ends, which would kill a process whose work is done.
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
     def report(self, how: str = "run the same command again") -> None:
         """Prints the one line."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
 
+from schemas import models
 from schemas.errors import DefinitionError
 from schemas.loading import Project, decode_python, load_definition, load_project, load_recorded
 
@@ -245,3 +248,10 @@ def test_a_definition_of_one_view_is_as_it_was() -> None:
     assert found.require_model().rows.fingerprint == found.view.fingerprint == "764b45c175630294"
     assert found.flags == "--definition examples.flights.definition"
     assert found.schema_path.endswith("examples/flights/schema.pbtxt")
+
+
+def test_what_type_checkers_see_of_a_model_is_what_it_has() -> None:
+    tree = ast.parse(Path(models.__file__).read_text())
+    (shown,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    fields = [field.name for field in dataclasses.fields(models.Model) if field.init]
+    assert [each.arg for each in shown.args.args] == ["self", *fields]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transforms.lineage.difference_causes import FullComparison, compare_with_full
     from transforms.lineage.erasure import Condition, Erasure
     from transforms.lineage.erasure_records import Erased, ErasureRecord, erased_row, erasure_of, erasures, now_text
-    from transforms.lineage.feature_parity import Parity, check_parity
+    from transforms.lineage.feature_parity import Parity, check_parity, unaccounted_after_erasures
     from transforms.lineage.live_trace import DimensionUsed, LiveVisibleSource, dimensions_used, visible_to
     from transforms.lineage.live_verification import verify_live
     from transforms.lineage.prediction_parity import Rescored, rescore

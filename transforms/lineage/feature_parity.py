@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, timedelta
 
@@ -20,7 +21,7 @@ import polars as pl
 from schemas.errors import DataError
 from schemas.views import FeatureView, reached_from
 from transforms.features.kernel import KernelTables, compute
-from transforms.lineage.erasure_records import Erased
+from transforms.lineage.erasure_records import ERASURES_FOLDER, Erased
 from transforms.lineage.visible_rows import VisibleRows, read_accepted, seen_of
 from transforms.records.arrays import Bools, Ints
 from transforms.records.row_hashing import row_ids
@@ -113,15 +114,41 @@ def check_parity(view: FeatureView, store: str, start: date | None = None, end: 
             _check_rows(view, store, part, cuts, dimensions, result)
     spine_rows = accepted_spine_rows(view, store, start, end)
     result.uncomputed = len(spine_rows.unique(ORIGIN_COLUMNS)) - result.feature_rows
-    computed = pl.concat([pl.DataFrame(pl.from_arrow(read_file(file, ["row_id"]))) for file in files])
+    result.erased, result.unaccounted = uncomputed_spine_rows(view, store, spine_rows, files)
+    return result
+
+
+def uncomputed_spine_rows(
+    view: FeatureView, store: str, spine_rows: pl.DataFrame, files: Sequence[DataFile]
+) -> tuple[int, int]:
+    """Of accepted spine rows without a feature row that are no repeats and not rejected: how many had one that was
+    erased, and how many of the others were not pending at the last commit.
+
+    Args:
+        view: the view.
+        store: the live store.
+        spine_rows: see `accepted_spine_rows`.
+        files: of the live feature table.
+    """
+    parts = [pl.DataFrame(pl.from_arrow(read_file(file, ["row_id"]))) for file in files]
+    computed = pl.concat([pl.DataFrame(schema={"row_id": pl.Int64}), *parts])
     left = spine_rows.join(computed, on="row_id", how="anti").join(
         rejected_spine_rows(view, store), on=ORIGIN_COLUMNS, how="anti"
     )
     gone = Erased.of(store).has(left)
-    result.erased = gone["row_id"].n_unique()
     left = left.join(gone, on="row_id", how="anti")
-    result.unaccounted = max(left["row_id"].n_unique() - pending(view, store), 0)
-    return result
+    return gone["row_id"].n_unique(), max(left["row_id"].n_unique() - pending(view, store), 0)
+
+
+def unaccounted_after_erasures(view: FeatureView, store: str) -> int | None:
+    """The number of spine rows that a live job has lost, where rows were erased from its store, so that its counts do
+    not add up any more; None: nothing was erased.
+    """
+    if not os.path.isdir(os.path.join(store, ERASURES_FOLDER)):
+        return None
+    table = open_table(features_live_uri(store, view.name, view.fingerprint))
+    files = [] if table is None else data_files(table)
+    return uncomputed_spine_rows(view, store, accepted_spine_rows(view, store), files)[1]
 
 
 def accepted_spine_rows(

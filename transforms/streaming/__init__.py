@@ -96,7 +96,7 @@ if TYPE_CHECKING:
     from transforms.streaming.replay import Replay, SendChunks
     from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, cut_of, row_identity
     from transforms.streaming.step_messages import start_envelope
-    from transforms.streaming.store_owner import RecordedDefinition, read_note
+    from transforms.streaming.store_owner import RecordedDefinition, has_read, read_note
     from transforms.streaming.wake_ups import Timer, clear_wake_up, set_wake_up, wake_timer
 
 import_when_used(__name__)

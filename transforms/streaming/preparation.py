@@ -207,6 +207,7 @@ class ViewFigures:
         accepted: number of spine rows that were accepted from the topic.
         rows_out: rows of its live feature table.
         commit_version: version of that table; None if there is none.
+        recounted: of a store from which rows were erased, what `unaccounted` is by its tables.
     """
 
     view: FeatureView
@@ -214,10 +215,13 @@ class ViewFigures:
     accepted: int
     rows_out: int
     commit_version: int | None
+    recounted: int | None = None
 
     @property
     def unaccounted(self) -> int:
-        """Accepted spine rows that have no feature row, are not rejected and do not wait."""
+        """Accepted spine rows that have no feature row, are not rejected and are not pending."""
+        if self.recounted is not None:
+            return self.recounted
         counts = self.record.counts.get(self.view.spine.name, {})
         rejected = sum(counts.get(reason, 0) for reason in (REJECTED, "repeated", "conflicting", "too_late"))
         return self.accepted - self.rows_out - rejected - self.record.pending

@@ -221,7 +221,7 @@ def _check_columns(views: Sequence[FeatureView], store: str, declared: Mapping[s
 
 def _check_stream(views: Sequence[FeatureView], store: str, mine: JobNote, known: JobNote) -> None:
     before, now = known.stream, mine.stream
-    if before is None or now is None or before == now or not _has_read(views, store):
+    if before is None or now is None or before == now or not has_read(views, store):
         return
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     shown = ["; ".join(f"{name} {each.get(name) or 'none'}" for name in names) for each in (before, now)]
@@ -232,7 +232,7 @@ def _check_stream(views: Sequence[FeatureView], store: str, mine: JobNote, known
     )
 
 
-def _has_read(views: Sequence[FeatureView], store: str) -> bool:
+def has_read(views: Sequence[FeatureView], store: str) -> bool:
     """Whether the store has offsets of a topic."""
     records = [source_record(store, name) for name in joined_sources(views)]
     return any(of_topic(offsets) for each in records if each is not None for offsets in each.next.values())
@@ -240,7 +240,7 @@ def _has_read(views: Sequence[FeatureView], store: str) -> bool:
 
 def _check_replayed(views: Sequence[FeatureView], store: str, mine: JobNote, known: JobNote) -> None:
     """Checks that the files of a replay hold the messages that the store has read, whenever they were written."""
-    if known.rows is None or mine.rows is None or not _has_read(views, store):
+    if known.rows is None or mine.rows is None or not has_read(views, store):
         return
     changed = sorted(
         name

@@ -242,7 +242,9 @@ view = FeatureView("paying", asked, "id", [Trailing(paid, by="shop", over="2h", 
 """
 
 
-def test_a_row_that_repeated_an_erased_one_counts_and_nothing_that_saw_it_is_left(tmp_path: Path) -> None:
+def test_a_row_that_repeated_an_erased_one_counts_and_nothing_that_saw_it_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of one bill, the person's row came first, at another shop."""
     (tmp_path / "definition.py").write_text(REPEATING)
     start = datetime(2024, 3, 1, tzinfo=UTC)
@@ -265,6 +267,11 @@ def test_a_row_that_repeated_an_erased_one_counts_and_nothing_that_saw_it_is_lef
     assert counts == {"x": 1, "y": 1, "z": 1}
     where = ["--where", "cust = 'person'", "--keep_sources"]
     assert main(["erase", "paid", *flags, *read, *where]) == 0
+    assert rows_of(uri)["shop"].to_list() == ["z"]
+    # A replay would send the person's row again, which the files still have.
+    capsys.readouterr()
+    assert main(["features", "--streaming", *flags, "--source", "replay", *read, "--without_history"]) == 4
+    assert "erased rows of paid" in capsys.readouterr().err
     assert rows_of(uri)["shop"].to_list() == ["z"]
     assert main(["parity", *flags]) == 0
     assert main(["verify", *flags, "--live", "--rows", "all"]) == 0
