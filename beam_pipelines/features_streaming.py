@@ -10,8 +10,10 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import date
+from pathlib import Path
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -32,6 +34,8 @@ from beam_pipelines.runtime.live_compaction import FEATURES_TABLES, compacting
 from beam_pipelines.runtime.run_report import Run, execute
 from beam_pipelines.runtime.streaming_arguments import Length, StreamingArguments, StreamingOptions
 from schemas.errors import DefinitionError, StoreError
+from schemas.live import joined_sources, newest_versions
+from schemas.loading import Definition, decode_python, load_definition, load_recorded
 from transforms.lineage.erasure_records import erasures
 from transforms.lineage.feature_parity import unaccounted_after_erasures
 from transforms.records.times import ALWAYS, EPOCH, FOREVER, MICROSECOND
@@ -48,9 +52,10 @@ from transforms.streaming.preparation import (
     live_features_figures,
     prepare_live_features,
 )
+from transforms.streaming.progress import version_name
 from transforms.streaming.replay import Replay, SendChunks
 from transforms.streaming.step_messages import start_envelope
-from transforms.streaming.store_owner import has_read
+from transforms.streaming.store_owner import RecordedDefinition, has_read, read_note
 
 LENGTHS = (
     Length("pace", "200ms", "minimum interval between micro-batches"),
@@ -70,7 +75,9 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveFeaturesJob]:
         DefinitionError: a flag or the definition is refused.
     """
     options, flags = arguments().parse_streaming(argv)
-    view, sources = options.job.definition.view, sources_folder(options, flags)
+    sources = sources_folder(options, flags)
+    definitions = served_definitions(options, flags)
+    views = tuple(each.view for each in definitions)
     start, end = _microseconds(flags.start), _microseconds(flags.end)
     settings = live_settings(options, sources, flags.shards)
     replay = None
@@ -91,9 +98,11 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveFeaturesJob]:
             f"it is {flags.end}",
             "Leave it out, or add --source replay",
         )
-    shard_groups(view)
+    for view in views:
+        shard_groups(view)
+    joined_sources(views)
     handover = Handover(
-        view,
+        views,
         options.job.store,
         root=None if sources == sources_root(options.job.store) else sources,
         start=start,
@@ -102,7 +111,49 @@ def parse(argv: Sequence[str]) -> tuple[StreamingOptions, LiveFeaturesJob]:
         sent=None if replay is None else replay.start,
         run_id=options.job.run_id,
     )
-    return options, LiveFeaturesJob(view, settings, replay, options.job.broker, options.job.sinks, handover)
+    job = LiveFeaturesJob(
+        views,
+        settings,
+        replay,
+        options.job.broker,
+        options.job.sinks,
+        handover,
+        drop=tuple(flags.drop),
+        definitions={version_name(each.view): recorded_definition(each) for each in definitions},
+    )
+    return options, job
+
+
+def served_definitions(options: StreamingOptions, flags: argparse.Namespace) -> list[Definition]:
+    """The definitions of the views that the job serves: those that are named, and older versions.
+
+    Raises:
+        DefinitionError: one is refused, or the store has not recorded an older version.
+    """
+    store = options.job.store
+    found = [options.job.definition, *map(load_definition, flags.definitions[1:])]
+    note = read_note(store) if flags.also else None
+    for name in flags.also:
+        recorded = None if note is None else note.definitions.get(name)
+        if recorded is None:
+            raise DefinitionError(
+                "--also names a version of a view that was served on the store, as VIEW@FINGERPRINT",
+                f"{name!r}: {store} has {', '.join(note.definitions) if note else 'no note'}",
+                "See features_live/ in the store for the versions that there are",
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            project = load_recorded(recorded.name, recorded.source, recorded.modules, Path(folder))
+        found.append(project.definition(name.split("@")[0]))
+    names = [version_name(each.view) for each in found]
+    if again := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise DefinitionError("Each version of a view is served once", again[0], "Name it once")
+    return found
+
+
+def recorded_definition(definition: Definition) -> RecordedDefinition:
+    """The texts of a definition, as the store keeps them."""
+    modules = {path: decode_python(text) for path, text in definition.modules.items()}
+    return RecordedDefinition(definition.name, decode_python(definition.source), modules)
 
 
 def arguments() -> StreamingArguments:
@@ -113,6 +164,21 @@ def arguments() -> StreamingArguments:
         source="where messages come from",
         results="feature rows",
         lengths=LENGTHS,
+        several=True,
+    )
+    result.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="VIEW@FINGERPRINT",
+        help="also serve this older version of a view, by the definition that the store keeps (may be repeated)",
+    )
+    result.add_argument(
+        "--drop",
+        action="append",
+        default=[],
+        metavar="VIEW",
+        help="a view that the last job on this store served and this one does not (may be repeated)",
     )
     result.add_argument(
         "--start",
@@ -188,16 +254,16 @@ def build(pipeline: beam.Pipeline, options: StreamingOptions, plan: LiveFeatures
     envelopes = (
         replayed_envelopes(pipeline, plan) if options.job.replaying else envelopes_of_topics(pipeline, options, plan)
     )
-    commits = envelopes | "Live" >> LiveFeatures(plan.job.view, plan.settings, plan.sends)
+    commits = envelopes | "Live" >> LiveFeatures(plan.job.views, plan.settings, plan.sends)
     _ = commits | "Status" >> beam.Map(write_status, options.status)
 
 
 def replayed_envelopes(pipeline: beam.Pipeline, plan: LiveFeaturesPlan) -> beam.PCollection:
     """Files → messages → micro-batches."""
-    view, replay = plan.job.view, plan.job.replay
+    views, replay = plan.job.views, plan.job.replay
     assert replay is not None
-    chunks = pipeline | "Start" >> beam.Impulse() | "Replay" >> beam.ParDo(SendChunks(view, replay))
-    return chunks | "Decode" >> beam.ParDo(DecodeChunks(view)).with_output_types(bytes) | "ToJournal" >> to_journal()
+    chunks = pipeline | "Start" >> beam.Impulse() | "Replay" >> beam.ParDo(SendChunks(views, replay))
+    return chunks | "Decode" >> beam.ParDo(DecodeChunks(views)).with_output_types(bytes) | "ToJournal" >> to_journal()
 
 
 def envelopes_of_topics(pipeline: beam.Pipeline, options: StreamingOptions, plan: LiveFeaturesPlan) -> beam.PCollection:
@@ -205,7 +271,7 @@ def envelopes_of_topics(pipeline: beam.Pipeline, options: StreamingOptions, plan
     job = plan.job
     read = ReadTopics(job.required_broker(), tuple(job.topics.values()), plan.group)
     guard = guard_folder(job.settings.store, f"{job.view.name}.features")
-    decode = beam.ParDo(DecodeBundles(job.view, job.settings.prefix, guard, options.limits)).with_output_types(bytes)
+    decode = beam.ParDo(DecodeBundles(job.views, job.settings.prefix, guard, options.limits)).with_output_types(bytes)
     # Each branch is mapped separately: a step after the Flatten would be one more exchange through the runner.
     first = pipeline | "Start" >> beam.Create([start_envelope(plan.start)]) | "Begin" >> to_journal()
     decoded = pipeline | "Topics" >> read | "Decode" >> decode | "ToJournal" >> to_journal()
@@ -225,8 +291,11 @@ def main(argv: Sequence[str]) -> int:
         status = read_status(options.status)
         figures = live_features_figures(job, status)
         if job.settings.table:
-            recounted = unaccounted_after_erasures(job.view, options.job.store)
-            figures = dataclasses.replace(figures, recounted=recounted)
+            views = [
+                dataclasses.replace(each, recounted=unaccounted_after_erasures(each.view, options.job.store))
+                for each in figures.views
+            ]
+            figures = dataclasses.replace(figures, views=tuple(views))
         run.update(figures.to_json())
     figures.check(ended=status.get("last", options.job.replaying))
     return 0
@@ -238,7 +307,7 @@ def refuse_erased_replay(options: StreamingOptions, job: LiveFeaturesJob) -> Non
     Raises:
         StoreError: see above.
     """
-    if not options.job.replaying or not has_read(job.view, options.job.store):
+    if not options.job.replaying or not has_read(job.views, options.job.store):
         return
     if erased := sorted({each.source for each in erasures(options.job.store)} & job.topics.keys()):
         raise StoreError(
@@ -284,7 +353,8 @@ def launch(options: StreamingOptions, plan: LiveFeaturesPlan, pipeline_options: 
     if run_until(pipeline, finished, text, reading):
         return True
     if "topic" in options.job.sinks and finished():  # so that jobs that read the feature rows end too
-        send_end(broker, topic_of(plan.job.view, options.job.prefix))
+        for view in newest_versions(plan.job.views):
+            send_end(broker, topic_of(view, options.job.prefix))
     return False
 
 

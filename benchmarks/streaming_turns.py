@@ -86,7 +86,7 @@ def envelopes(sources: Path, days: int) -> Iterator[tuple[bytes, int, float, flo
     before: list[Message] = []
     offsets: dict[tuple[str, int], int] = {}
     index = 0
-    for messages in chunks(view, replay):
+    for messages in chunks([view], replay):
         if messages and messages[-1].timestamp < border:
             before += messages
             continue
@@ -117,7 +117,7 @@ def turn(out: Path, sources: Path, days: int = 1) -> Cost:
     from transforms.streaming.mirrored_state import SINGLE_KEY
     from transforms.streaming.time_buckets import SLOTS
 
-    step = JournalDoFn(load_definition(DEFINITION).view, LiveSettings(str(out), "turns", str(sources), shards=1))
+    step = JournalDoFn([load_definition(DEFINITION).view], LiveSettings(str(out), "turns", str(sources), shards=1))
     step.setup()
     head, bag, *slots = (MemoryState() for _ in range(2 + SLOTS))
     decoding: list[tuple[float, float]] = []

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import polars as pl
 import pyarrow as pa
 
+from schemas.errors import DefinitionError
 from schemas.sources import Source
 from schemas.tables import TIME, predictions
 from schemas.views import FeatureView
@@ -43,6 +47,47 @@ def live_sources(view: FeatureView) -> dict[str, Source]:
     return {view.spine.name: view.spine, **view.events}
 
 
+def joined_sources(views: Sequence[FeatureView]) -> dict[str, Source]:
+    """The sources whose messages a live job of several views reads.
+
+    A source that several views declare has all the columns that they declare, and else what the first of them says.
+
+    Raises:
+        DefinitionError: two of them declare a column of one source with different types, or different times.
+    """
+    found: dict[str, Source] = {}
+    for view in views:
+        for name, source in live_sources(view).items():
+            found[name] = _joined(found[name], source, view) if name in found else source
+    return found
+
+
+def _joined(known: Source, source: Source, view: FeatureView) -> Source:
+    if known is source:
+        return known
+    for what in ("time", "event_time"):
+        if getattr(known, what) != getattr(source, what):
+            raise DefinitionError(
+                f"The views of one live job declare a source with the same {what}: {source.name!r}",
+                f"{getattr(known, what)!r}, and {getattr(source, what)!r} in view {view.name!r}",
+                "Give one of the sources another name and topic, or one of the views another store",
+            )
+    for name, dtype in source.schema.items():
+        if known.schema.get(name, dtype) != dtype:
+            raise DefinitionError(
+                f"The views of one live job declare a column with one type: {name!r} of source {source.name!r}",
+                f"{known.schema[name]}, and {dtype} in view {view.name!r}",
+                "Declare the type that the messages have, or give one of the views another store",
+            )
+    more = {name: dtype for name, dtype in source.columns.items() if name not in known.schema}
+    return dataclasses.replace(known, columns={**known.columns, **more}) if more else known
+
+
+def newest_versions(views: Sequence[FeatureView]) -> list[FeatureView]:
+    """The first of the versions of each view."""
+    return [view for number, view in enumerate(views) if all(each.name != view.name for each in views[:number])]
+
+
 def repeats_by(view: FeatureView, name: str) -> tuple[str, ...]:
     """Columns that identify repeats among the events of `name`, which count once; empty if every row counts.
 
@@ -60,10 +105,14 @@ def accepted(view: FeatureView, name: str) -> pa.Schema:
     that it does not have, as a JSON list (both null in files written before they existed).  If repeats count once, two
     more say whether the row counted when it was accepted, and which row (`__instead`) counted until then.
     """
-    source = view.spine if name == view.spine.name else view.events[name]
+    return accepted_rows(live_sources(view)[name], bool(repeats_by(view, name)))
+
+
+def accepted_rows(source: Source, unique: bool) -> pa.Schema:
+    """As `accepted`, for a source; `unique`: whether some view counts its repeats once."""
     arrow = pl.DataFrame(schema=source.schema).to_arrow().schema
     fields = [pa.field(each.name, pa.string() if pa.types.is_large_string(each.type) else each.type) for each in arrow]
-    decided = [pa.field("__counted", pa.bool_()), pa.field("__instead", pa.int64())] if repeats_by(view, name) else []
+    decided = [pa.field("__counted", pa.bool_()), pa.field("__instead", pa.int64())] if unique else []
     stored = [pa.field("__uncompared", pa.bool_()), pa.field("__absent", pa.string()), pa.field("date", pa.date32())]
     return pa.schema([*fields, *ORIGIN_FIELDS, *decided, *stored])
 

@@ -29,6 +29,21 @@ class Parser(argparse.ArgumentParser):
         raise DefinitionError(f"{self.prog}: {message}", None, f"See {self.prog} --help")
 
 
+class _FirstAndAll(argparse.Action):
+    """Keeps the first value of a flag under its name, and all values under its plural."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        values_so_far = [*getattr(namespace, f"{self.dest}s", []), values]
+        setattr(namespace, self.dest, values_so_far[0])
+        setattr(namespace, f"{self.dest}s", values_so_far)
+
+
 class Arguments(Parser):
     """An argparse parser that passes unknown flags on to Beam, unless one is almost a flag of Millrace.
 
@@ -44,16 +59,27 @@ class Arguments(Parser):
         beam: whether the command launches a pipeline, and so has --run_id and accepts flags for Beam.
         every: `view` or `model`, if the command works on all views or models of the definition unless one is chosen;
             `all`, if none can be chosen.
+        several: whether --definition may be repeated; `definition` is then the first one, and `definitions` all.
     """
 
     def __init__(
-        self, prog: str, description: str, definition: bool | None = True, beam: bool = True, every: str = ""
+        self,
+        prog: str,
+        description: str,
+        definition: bool | None = True,
+        beam: bool = True,
+        every: str = "",
+        several: bool = False,
     ) -> None:
         beyond = "Any other flag goes to Beam: --runner, --job_endpoint, --project, …" if beam else None
         super().__init__(prog=prog, description=description, allow_abbrev=False, epilog=beyond)
         if definition is not None:
             text = "module, package or .py file that names views and models"
-            self.add_argument("--definition", required=definition, help=text)
+            if several:
+                text += "; repeated: a job of several views, the newest definition first"
+                self.add_argument("--definition", required=definition, action=_FirstAndAll, help=text)
+            else:
+                self.add_argument("--definition", required=definition, help=text)
             for kind in ("view", "model") if every != "all" else ():
                 default = (
                     f"every {kind}" if kind == every else "what the other flags leave open" if every else "the only one"

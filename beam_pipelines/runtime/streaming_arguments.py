@@ -70,10 +70,19 @@ class StreamingArguments(Arguments):
         source: the help of --source.
         results: what the pipeline writes, for the help of --sink.
         lengths: flags whose values are lengths of time.
+        several: whether --definition may be repeated.
     """
 
-    def __init__(self, prog: str, description: str, source: str, results: str, lengths: Sequence[Length]) -> None:
-        super().__init__(prog, description)
+    def __init__(
+        self,
+        prog: str,
+        description: str,
+        source: str,
+        results: str,
+        lengths: Sequence[Length],
+        several: bool = False,
+    ) -> None:
+        super().__init__(prog, description, several=several)
         self.lengths = tuple(lengths)
         self.add_argument("--streaming", action="store_true", help="run the live pipeline")
         self.add_argument("--source", choices=("kafka", "replay"), default="replay", help=f"{source} (default: replay)")

@@ -53,7 +53,7 @@ def live(folder: Path, frames: Frames, keep: int = HOUR, **how: Any) -> tuple[Fe
     replay = Replay("", **{"partitions": 1, "chunk": 3 * HOUR, **how})
     begin = {name: dict.fromkeys(range(replay.partitions), 0) for name in sent}
     job = Job(view, store, folder / "dimensions" / "sources", begin, JobOptions(keep=keep))
-    for number, messages in enumerate(chunks_of(view, sent, replay)):
+    for number, messages in enumerate(chunks_of([view], sent, replay)):
         job.take(messages)
         if number % 5 == 0:
             job.commit()
@@ -226,7 +226,7 @@ def test_a_row_rejected_live_alone_for_the_clock_of_its_arrival(tmp_path: Path, 
     arrived = int((early["sold"].min() - timedelta(days=2)).timestamp() * 1e6)  # type: ignore[operator]
     job.take([Message("sales", 1, 0, arrived, None, to_arrow(early))])
     job.take([Message(name, 1, int(name == "sales"), arrived, *heartbeat(2**62)) for name in sent])
-    for messages in chunks_of(view, sent, Replay("", partitions=1, chunk=3 * HOUR)):
+    for messages in chunks_of([view], sent, Replay("", partitions=1, chunk=3 * HOUR)):
         job.take(messages)
     job.commit()
     full = compare_with_full(view, str(store), BatchSide.of(view, str(batch(tmp_path, frames))))

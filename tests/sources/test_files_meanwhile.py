@@ -91,12 +91,12 @@ def after(owner: Any, name: str, source: Path, how: str, patch: pytest.MonkeyPat
 
 
 def read_replay(store: Path) -> None:
-    list(chunks(view_of(store), Replay(str(store / "sources"))))
+    list(chunks([view_of(store)], Replay(str(store / "sources"))))
 
 
 def read_history(store: Path) -> None:
     end = 1_704_240_000_000_000  # 2024-01-03
-    Handover(view_of(store), str(store / "live"), str(store / "sources"), end, 3_600_000_000, sent=end).beginnings()
+    Handover([view_of(store)], str(store / "live"), str(store / "sources"), end, 3_600_000_000, sent=end).beginnings()
 
 
 def read_dimension(store: Path) -> None:

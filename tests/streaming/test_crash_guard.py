@@ -34,7 +34,7 @@ view = FeatureView("v", asked, key="id", features=[Trailing(sales, by="shop", ov
 
 
 def step_of(folder: str) -> DecodeBundles:
-    step = DecodeBundles(view, guard=folder)
+    step = DecodeBundles([view], guard=folder)
     step.setup()
     return step
 

@@ -26,9 +26,9 @@ BEGIN = {name: {0: 0, 1: 0} for name in market.sources() if name != "shops"}
 def launched(folder: Path, run_id: str) -> Job:
     """A job that begins as a launch does."""
     view, store = market.load(folder), folder / "live"
-    epoch = take_epoch(view, str(store), run_id)
+    epoch = take_epoch([view], str(store), run_id)
     job = Job(view, store, folder / "sources", BEGIN, JobOptions(run_id))
-    job.ledger.writers = writers_of(view, str(store), run_id, epoch)
+    job.ledger.writers = writers_of([view], str(store), run_id, epoch)
     return job
 
 
@@ -38,7 +38,7 @@ def test_a_job_that_was_left_running_commits_nothing_more(tmp_path: Path, seen: 
     market.write(tmp_path, {"shops": frames["shops"]})
     view = market.load(tmp_path)
     sent = {name: frame for name, frame in frames.items() if name != "shops"}
-    chunks = [list(some) for some in chunks_of(view, sent, Replay("", partitions=2, chunk=12 * HOUR))]
+    chunks = [list(some) for some in chunks_of([view], sent, Replay("", partitions=2, chunk=12 * HOUR))]
     older = launched(tmp_path, "older")
     for some in chunks[:seen]:
         older.take(some)
@@ -68,18 +68,18 @@ def test_launches_at_one_moment_have_epochs_of_their_own(tmp_path: Path) -> None
     view, store = market.load(tmp_path), str(tmp_path / "live")
     sent = {name: frame for name, frame in frames.items() if name != "shops"}
     job = launched(tmp_path, "first")
-    for some in chunks_of(view, sent, Replay("", partitions=2, chunk=96 * HOUR)):
+    for some in chunks_of([view], sent, Replay("", partitions=2, chunk=96 * HOUR)):
         job.take(some)
     job.commit()
     found: list[Epoch] = []
-    threads = [threading.Thread(target=lambda n=n: found.append(take_epoch(view, store, f"r{n}"))) for n in range(4)]
+    threads = [threading.Thread(target=lambda n=n: found.append(take_epoch([view], store, f"r{n}"))) for n in range(4)]
     for each in threads:
         each.start()
     for each in threads:
         each.join()
     assert len({each.number for each in found}) == 4
     last = max(found, key=lambda each: each.number)
-    for writer in writers_of(view, store, "t", Epoch()):
+    for writer in writers_of([view], store, "t", Epoch()):
         if table := open_table(writer.uri):
             assert Epoch.of_record(last_commit_record(table, writer.app)) == last
     assert len(rows_of(features_live_uri(store, view.name, view.fingerprint)))
@@ -87,7 +87,7 @@ def test_launches_at_one_moment_have_epochs_of_their_own(tmp_path: Path) -> None
 
 def test_an_empty_store_has_the_first_epoch_and_no_tables(tmp_path: Path) -> None:
     market.write(tmp_path, {"shops": market.sources()["shops"]})
-    first, second = (take_epoch(market.load(tmp_path), str(tmp_path / "live"), "t") for _ in range(2))
+    first, second = (take_epoch([market.load(tmp_path)], str(tmp_path / "live"), "t") for _ in range(2))
     assert (first.number, second.number) == (1, 1)
     assert first != second
     assert not (tmp_path / "live").exists()
@@ -98,7 +98,7 @@ def test_of_two_jobs_that_began_with_an_empty_store_the_first_to_commit_goes_on(
     market.write(tmp_path, {"shops": frames["shops"]})
     sent = {name: frame for name, frame in frames.items() if name != "shops"}
     one, two = launched(tmp_path, "one"), launched(tmp_path, "two")
-    for some in chunks_of(one.view, sent, Replay("", partitions=2, chunk=96 * HOUR)):
+    for some in chunks_of(one.views, sent, Replay("", partitions=2, chunk=96 * HOUR)):
         one.take(some)
         two.take(some)
     two.commit()
@@ -106,4 +106,4 @@ def test_of_two_jobs_that_began_with_an_empty_store_the_first_to_commit_goes_on(
         one.commit()
     assert check_parity(one.view, one.store).differing == 0
     third = launched(tmp_path, "third")
-    assert third.ledger.writers.features.epoch.number == 2
+    assert third.ledger.writers.features[0].epoch.number == 2

@@ -17,10 +17,8 @@ from transforms.sources.repeats import NEVER_REPEATED
 from transforms.streaming.beginnings import HISTORY_PARTITION
 from transforms.streaming.fates import (
     RepeatMemory,
-    comparison_span,
+    WindowReach,
     known_order,
-    least_memory,
-    remembered,
     repeated_from,
 )
 from transforms.streaming.repeats import RepeatFinder
@@ -101,19 +99,23 @@ class Job:
         self.memory = RepeatMemory()
         self.lengths: list[int] = []
         self.counted: set[int] = set()
-        self.start(least_memory(view, "once", keep))
+        self.start(WindowReach.of([view], "once").least_memory(keep))
 
     def start(self, length: int) -> None:
         """A job that begins, and remembers so long at least."""
         self.memory = self.memory.grown(length, self.next)
         self.lengths = [each for each, _ in self.memory.spans]
-        self.repeats = RepeatFinder(self.view, "once", self.memory.length)
+        self.repeats = RepeatFinder(self.view, "once", self.memory.length, WindowReach.of([self.view], "once"))
         if not self.rows:
             return
         rows = frame(self.rows)
         none, never = np.zeros(len(rows), np.int64), np.full(len(rows), NEVER_REPEATED, np.int64)
         counts = repeated_from(known_order(self.view, "once"), self.memory, rows, none, never) == NEVER_REPEATED
-        low = self.horizon - remembered(self.view, "once", self.memory.length) if self.horizon > ALWAYS else ALWAYS
+        low = (
+            self.horizon - WindowReach.of([self.view], "once").remembered(self.memory.length)
+            if self.horizon > ALWAYS
+            else ALWAYS
+        )
         kept = (rows["at"].to_physical() >= low) & ~rows["__uncompared"]
         self.repeats.restore(rows.filter(kept), pl.Series(counts).filter(kept))
         self.counted = set(rows[RID].filter(pl.Series(counts)).to_list())
@@ -136,7 +138,7 @@ class Job:
 
     def advance(self, to: int) -> None:
         self.horizon = max(self.horizon, START + to * SECOND - self.keep)
-        self.repeats.store.evict(self.horizon - remembered(self.view, "once", self.repeats.memory))
+        self.repeats.store.evict(self.horizon - WindowReach.of([self.view], "once").remembered(self.repeats.memory))
 
     def check(self, turn: int) -> None:
         rows = frame(self.rows)
@@ -208,7 +210,7 @@ def test_a_row_that_is_older_than_what_is_compared_counts_and_replaces_none() ->
     job = Job(LIFETIME, 0)
     job.take([(10, 1, 1, 0)], 0)
     job.advance(16)
-    bound = 16 - comparison_span(LIFETIME, "once", job.memory.length) // SECOND
+    bound = 16 - WindowReach.of([LIFETIME], "once").comparison_span(job.memory.length) // SECOND
     assert bound == 10
     job.take([(9, 1, 1, 0), (10, 1, 0, 0)], 1)
     assert [(row.at, row.counted, row.alone) for row in job.rows] == [
@@ -222,9 +224,9 @@ def test_a_row_that_is_older_than_what_is_compared_counts_and_replaces_none() ->
 
 @pytest.mark.parametrize(("view", "seconds"), [(BOUNDED, 6), (LIFETIME, 10)])
 def test_how_far_back_repeats_are_remembered(view: FeatureView, seconds: int) -> None:
-    assert least_memory(view, "once", SECOND) == 4 * SECOND
-    assert remembered(view, "once", 4 * SECOND) == seconds * SECOND
-    assert least_memory(view_of("all"), "once", SECOND) == SECOND
+    assert WindowReach.of([view], "once").least_memory(SECOND) == 4 * SECOND
+    assert WindowReach.of([view], "once").remembered(4 * SECOND) == seconds * SECOND
+    assert WindowReach.of([view_of("all")], "once").least_memory(SECOND) == SECOND
 
 
 def test_memory_survives_json_and_only_grows() -> None:

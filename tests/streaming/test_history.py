@@ -290,7 +290,7 @@ def test_a_job_with_history_is_batch_over_everything(seed: int, ever: bool, delt
                 )
             },
         )
-        handover = Handover(view, str(store), str(root), us(start), KEEP)
+        handover = Handover([view], str(store), str(root), us(start), KEEP)
         with dying_at(random.randrange(8)), contextlib.suppress(Killed):
             handover.beginnings()
         begin = {name: {0: 0, 1: 0} for name in SOURCES}
@@ -367,11 +367,11 @@ class HandFedJob:
     def __init__(self, view: FeatureView, folder: Path, run_id: str = "t", **more: Any) -> None:
         self.view, self.store = view, folder / "live"
         handover = Handover(
-            view, str(self.store), str(folder / "in"), **{"start": us(histories.at(0)), "keep": KEEP, **more}
+            [view], str(self.store), str(folder / "in"), **{"start": us(histories.at(0)), "keep": KEEP, **more}
         )
         self.beginnings = handover.beginnings()
         begin = {name: {0: 0} for name in ("reads", "once", "questions")}
-        start = recovery.find_recovery_point(view, str(self.store), begin, self.beginnings)
+        start = recovery.find_recovery_point([view], str(self.store), begin, self.beginnings)
         self.job = Job(view, self.store, folder, begin, JobOptions(run_id, keep=handover.keep, start=start))
         self.next = {name: each.get(0, 0) for name, each in self.job.start.items()}
 
@@ -652,7 +652,7 @@ def test_columns_that_no_feature_reads_are_no_reason_to_reject_a_row(tmp_path: P
     ):
         lay(tmp_path / name / "in", {"reads": laid})
         store = tmp_path / name / "live"
-        handover = Handover(view, str(store), str(tmp_path / name / "in"), us(histories.at(0)), KEEP)
+        handover = Handover([view], str(store), str(tmp_path / name / "in"), us(histories.at(0)), KEEP)
         assert handover.beginnings().of("reads").next == 2
         found = read(str(store / "sources" / "reads")).sort("__offset")
         assert found["extra"].to_list() == kept

@@ -22,9 +22,9 @@ def test_a_job_that_had_ended_reports_it_when_it_starts_again_and_another_waits(
     chunks = stream(Random(5), 3)  # rows of every source
     run(tmp_path, chunks if ended else chunks[:-1], {len(chunks) - 1}, {})
     begin = {name: {0: 0, 1: 0} for name in SOURCES}
-    start = find_recovery_point(view, str(tmp_path), begin)
+    start = find_recovery_point([view], str(tmp_path), begin)
     step = TimedJournalDoFn(
-        view, LiveSettings(str(tmp_path), "again", str(tmp_path / "in"), pace=1000, keep=30_000_000)
+        [view], LiveSettings(str(tmp_path), "again", str(tmp_path / "in"), pace=1000, keep=30_000_000)
     )
     step.setup()
     head, bag, wake, *slots = (Cell() for _ in range(11))

@@ -275,7 +275,7 @@ def test_a_bundle_of_many_messages_becomes_envelopes_of_bounded_size(monkeypatch
     monkeypatch.setattr("transforms.streaming.live_features.ENVELOPE_BYTES", 2 * len(rows))
     spine = Source("asks", time="t", columns={"id": pl.Int64})
     reads = Trailing(sales, by={"id": "id"}, over="1h", stats={"price": "sum"})
-    step = DecodeBundles(FeatureView("v", spine, key="id", features=[reads]))
+    step = DecodeBundles([FeatureView("v", spine, key="id", features=[reads])])
     step.setup()
     step.start_bundle()
     some = [message(rows, offset) for offset in range(5)]

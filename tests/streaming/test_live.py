@@ -130,8 +130,8 @@ def test_keys_are_looked_up_in_the_version_that_the_feature_row_names(seed: int)
 
         def launched(number: int) -> Job:
             job = Changing(looked_up, store, dimensions, begin, JobOptions(f"r{number}", shards=random.choice([1, 3])))
-            assert job.journal.dimensions is not None
-            job.journal.dimensions.every = 0
+            assert job.journal.parts[0].dimensions is not None
+            job.journal.parts[0].dimensions.every = 0
             return job
 
         job = launched(0)

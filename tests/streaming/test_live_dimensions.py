@@ -113,7 +113,7 @@ def test_rows_of_a_dimension_that_break_its_contract_are_reported_once_per_versi
     for number, kind in enumerate(["good", "bad", "bad", "better", "bad", "good"]):
         kinds[kind].write_parquet(path)
         jobs = [computed_one(tmp_path, number, run_id) for run_id in ("a", "b")]
-        version = jobs[0].assemble.dimensions.versions["shops"]
+        version = jobs[0].assemblies[0].dimensions.versions["shops"]
         with contextlib.suppress(Killed), dying_after(1 if number == 1 else 9):  # dead letters come before all else
             jobs[0].commit()
         jobs[1].commit()
@@ -138,7 +138,7 @@ def test_dead_letters_about_a_dimension_go_to_their_topic_with_the_feature_rows(
     pl.concat([good, good[:1].with_columns(rate=pl.lit(float("inf")))]).write_parquet(path)
     job = computed_one(tmp_path, 1, "a")
     (feature_rows,) = job.ledger.features.values()
-    sent = list(Sends(view, Broker("nowhere:1"), "p-", 900_000).feature_rows((b"", feature_rows.to_envelope())))
+    sent = list(Sends((view,), Broker("nowhere:1"), "p-", 900_000).feature_rows((b"", feature_rows.to_envelope())))
     assert [topic for topic, _, _ in sent] == ["p-everything.features", "p-everything.dead_letters"]
     assert sent[1][1] == b"shops/-1/2/0"
     assert json.loads(sent[1][2])["rule"].startswith("a number is finite (s.parquet, version ")

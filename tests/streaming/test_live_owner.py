@@ -1,5 +1,5 @@
-"""A store holds the live jobs of one view: a second one is refused before anything is written, also in stores of
-before."""
+"""A store belongs to one live job: the views that it serves are named or dropped, and what does not fit its rows or its
+stream is refused before anything is written, also in stores of before."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.live_turns import read
 from transforms.lineage.feature_parity import check_parity
 from transforms.lineage.visible_rows import read_accepted
 from transforms.storage.paths import features_live_uri
-from transforms.streaming.store_owner import OWNER, claim
+from transforms.streaming.store_owner import NOTE, claim
 
 OTHER = market.DEFINITION.replace('"demand"', '"another"')
 # Windows of another length: the same columns are read, and so rows are checked alike.
@@ -74,7 +74,7 @@ NARROW = market.DEFINITION.replace('"price": pl.Float64', '"price": pl.Float32')
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (OTHER, ["'another'", "'demand'", "one view"]),
+        (OTHER, ["'demand'", "--drop demand"]),
         (MORE, ["source 'sales'", "'colour'"]),
         (NARROW, ["source 'sales'", "'price'", "float", "double"]),
     ],
@@ -84,7 +84,7 @@ def test_another_view_or_other_columns_are_refused_before_anything_is_written(
 ) -> None:
     folder, store = lived
     if old:
-        (store / OWNER).rename(folder / "note")
+        (store / NOTE).rename(folder / "note")
     try:
         before = content(store)
         assert guard(features_streaming.main)(argv(folder, store, text, "second")) == 4
@@ -93,7 +93,7 @@ def test_another_view_or_other_columns_are_refused_before_anything_is_written(
         assert content(store) == before
     finally:
         if old:
-            (folder / "note").rename(store / OWNER)
+            (folder / "note").rename(store / NOTE)
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -105,7 +105,7 @@ def test_a_definition_that_reads_other_columns_goes_on_with_all_rows_that_keep_i
     after, alone = tmp_path / "after", tmp_path / "alone"
     shutil.copytree(store, after)
     if old:
-        (after / OWNER).unlink()
+        (after / NOTE).unlink()
     assert features_streaming.main(argv(folder, after, FEWER, "second")) == 0
     assert features_streaming.main(argv(folder, alone, FEWER, "second")) == 0
     first = load_definition(str(market.define(tmp_path / "first"))).view
@@ -127,12 +127,12 @@ def test_a_definition_that_reads_other_columns_goes_on_with_all_rows_that_keep_i
 @pytest.mark.parametrize("old", [False, True])
 def test_the_view_goes_on_and_so_does_one_that_reads_the_same_columns(lived: tuple[Path, Path], old: bool) -> None:
     folder, store = lived
-    kept = (store / OWNER).read_text()
+    kept = (store / NOTE).read_text()
     for text in (market.DEFINITION, LONGER):
-        (store / OWNER).unlink(missing_ok=True) if old else None
-        claim(load_definition(str(market.define(folder / "same", text))).view, str(store))
-    assert json.loads((store / OWNER).read_text())["view"] == "demand"
-    (store / OWNER).write_text(kept)
+        (store / NOTE).unlink(missing_ok=True) if old else None
+        claim([load_definition(str(market.define(folder / "same", text))).view], str(store))
+    assert json.loads((store / NOTE).read_text())["view"] == "demand"
+    (store / NOTE).write_text(kept)
     assert features_streaming.main(argv(folder, store, name="again")) == 0
 
 
@@ -141,7 +141,7 @@ def test_a_model_s_dead_letters_and_a_batch_table_make_no_other_view(tmp_path: P
     definition = market.define(tmp_path, OTHER)
     assert features.main(["--definition", str(definition), "--store", str(tmp_path), "--run_id", "batch"]) == 0
     (tmp_path / "dead_letters" / "live_predictions_model").mkdir(parents=True)
-    claim(load_definition(str(market.define(tmp_path / "mine"))).view, str(tmp_path))
+    claim([load_definition(str(market.define(tmp_path / "mine"))).view], str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -207,21 +207,70 @@ def test_a_replay_is_continued_only_over_the_rows_that_it_began_with(
 
 def test_a_replay_that_has_committed_nothing_may_have_other_rows(lived: tuple[Path, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(lived[0], tmp_path / "copy")
-    note = json.loads((folder / "store" / OWNER).read_text())
+    note = json.loads((folder / "store" / NOTE).read_text())
     assert sorted(note["rows"]) == ["sales", "stock", "visits"]
     shutil.rmtree(folder / "store")
     (folder / "store").mkdir()
-    (folder / "store" / OWNER).write_text(json.dumps(note))
+    (folder / "store" / NOTE).write_text(json.dumps(note))
     changed_files(folder, "removed")
     assert features_streaming.main(argv(folder, folder / "store", name="again")) == 0
-    assert json.loads((folder / "store" / OWNER).read_text())["rows"] != note["rows"]
+    assert json.loads((folder / "store" / NOTE).read_text())["rows"] != note["rows"]
 
 
 def test_a_job_that_has_read_nothing_binds_to_no_stream(tmp_path: Path) -> None:
     market.write(tmp_path, market.sources(30))
     view = load_definition(str(market.define(tmp_path))).view
-    claim(view, str(tmp_path / "store"), {"--source": "replay", "--chunk": 1})
-    claim(view, str(tmp_path / "store"), {"--source": "kafka", "--topic_prefix": ""})
-    assert json.loads((tmp_path / "store" / OWNER).read_text())["stream"]["--source"] == "kafka"
-    claim(view, str(tmp_path / "store"))
-    assert json.loads((tmp_path / "store" / OWNER).read_text())["stream"]["--source"] == "kafka"
+    claim([view], str(tmp_path / "store"), {"--source": "replay", "--chunk": 1})
+    claim([view], str(tmp_path / "store"), {"--source": "kafka", "--topic_prefix": ""})
+    assert json.loads((tmp_path / "store" / NOTE).read_text())["stream"]["--source"] == "kafka"
+    claim([view], str(tmp_path / "store"))
+    assert json.loads((tmp_path / "store" / NOTE).read_text())["stream"]["--source"] == "kafka"
+
+
+def test_views_and_versions_are_added_and_dropped_and_each_has_what_it_has_alone(tmp_path: Path) -> None:
+    """Two views, then a new version of one with the old one beside it, then the other view is dropped."""
+    market.write(tmp_path, market.spoiled(market.sources(40)))
+    store, other = tmp_path / "store", str(market.define(tmp_path / "other", OTHER))
+    first, second, third = (
+        load_definition(str(market.define(tmp_path / name, text))).view
+        for name, text in (("one", market.DEFINITION), ("two", FEWER), ("three", OTHER))
+    )
+    assert features_streaming.main([*argv(tmp_path, store), "--definition", other]) == 0
+    report = json.loads((store / "runs" / "first" / "run.json").read_text())
+    assert [each["view"] for each in report["views"]] == ["demand", "another"]
+    assert all(each["questions_unaccounted_for"] == 0 < each["rows_out"] for each in report["views"])
+    version = f"demand@{first.fingerprint}"
+    flags = argv(tmp_path, store, FEWER, "second")
+    assert guard(features_streaming.main)([*flags, "--also", version]) == 4  # without the other view
+    assert guard(features_streaming.main)([*flags, "--also", "demand@0123", "--drop", "another"]) == 2
+    assert features_streaming.main([*flags, "--also", version, "--definition", other]) == 0
+    report = json.loads((store / "runs" / "second" / "run.json").read_text())
+    names = [(each["view"], each["fingerprint"]) for each in report["views"]]
+    assert names == [(each.name, each.fingerprint) for each in (second, third, first)]
+    for number, (view, text) in enumerate([(first, market.DEFINITION), (second, FEWER), (third, OTHER)]):
+        alone = tmp_path / f"alone{number}"
+        assert features_streaming.main(argv(tmp_path, alone, text, f"alone{number}")) == 0
+        columns = [*view.key, view.time, *view.columns]
+        made, expected = (
+            read(features_live_uri(str(each), view.name, view.fingerprint)).select(columns).sort(columns)
+            for each in (store, alone)
+        )
+        assert made.equals(expected)
+        assert check_parity(view, str(store)).differing == 0
+    assert features_streaming.main([*argv(tmp_path, store, FEWER, "last"), "--drop", "another"]) == 0
+    assert guard(features_streaming.main)([*argv(tmp_path, store, FEWER, "more"), "--drop", "another"]) == 4
+
+
+def test_views_that_contradict_each_other_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    market.write(tmp_path, market.sources(20))
+    contradicting = str(market.define(tmp_path / "other", OTHER.replace('"price": pl.Float64', '"price": pl.Int64')))
+    flags = argv(tmp_path, tmp_path / "store")
+    for more, words in (
+        (["--definition", contradicting], ["'price'", "Float64", "Int64", "'sales'", "'another'"]),
+        (["--definition", flags[2]], ["served once", "demand@"]),
+        (["--drop", "another"], ["--drop", "'another'"]),
+    ):
+        assert guard(features_streaming.main)([*flags, *more]) in (2, 4)
+        said = capsys.readouterr().err
+        assert all(word in said for word in words), said
+    assert not (tmp_path / "store" / "sources").exists()

@@ -446,7 +446,7 @@ def test_many_messages_that_each_keep_the_limits_do_not_meet_in_one_micro_batch(
     """Each expands to 80 MB of a declared column and has some kilobytes: the limit on bytes alone takes hundreds."""
     table = plain().set_column(2, "shop", zeros(80 << 20))
     value = arrow(table)
-    step = DecodeBundles(view)
+    step = DecodeBundles([view])
     step.setup()
     step.start_bundle()
     for offset in range(3):
@@ -478,7 +478,7 @@ def test_the_limits_are_flags_of_both_live_jobs(pipeline: Any, tmp_path: Path, c
     ],
 )
 def test_both_live_jobs_decode_within_the_limits_that_they_are_given(limits: MessageLimits, words: str) -> None:
-    decoding = DecodeBundles(view, limits=limits)
+    decoding = DecodeBundles([view], limits=limits)
     scoring = DecodeFeatureRows(view, limits=limits)
     values = (to_arrow(pl.concat([GOOD] * 3)), to_arrow(feature_rows(3)))
     for step, value in zip((decoding, scoring), values, strict=True):

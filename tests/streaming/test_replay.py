@@ -183,7 +183,7 @@ def test_json_and_arrow_messages_hold_the_same(case: tuple[str, Path], tmp_path:
 
     def rows(form: str) -> list[tuple[Any, ...]]:
         found = []
-        for messages in chunks(view, Replay(str(tmp_path / "sources"), partitions=1, format=form, rows=1)):
+        for messages in chunks([view], Replay(str(tmp_path / "sources"), partitions=1, format=form, rows=1)):
             for message in messages:
                 held = decode(sources[message.topic], [message])
                 found.append(
@@ -204,7 +204,7 @@ def test_json_and_arrow_messages_hold_the_same(case: tuple[str, Path], tmp_path:
 def test_the_same_seed_gives_the_same_messages_and_offsets_have_no_holes(case: tuple[str, Path]) -> None:
     view = load_definition(case[0]).view
     replay = Replay(str(case[1] / "sources"), partitions=3, disorder=10**10, seed=4, rows=7)
-    first, second = (list(chunks(view, replay)) for _ in range(2))
+    first, second = (list(chunks([view], replay)) for _ in range(2))
     assert first == second
     offsets: dict[tuple[str, int], list[int]] = {}
     for message in (message for chunk in first for message in chunk):

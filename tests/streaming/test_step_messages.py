@@ -125,15 +125,16 @@ def test_a_checkpoint_of_the_journal_has_the_stored_keys() -> None:
     checkpoint = JournalCheckpoint.of_json(stored)
     assert (checkpoint.next, checkpoint.first) == ({"sales": {-1: 7, 0: 3, 1: 4}}, {"sales": {0: 12}})
     assert checkpoint.to_json() == stored
+    several: Head = {**stored, "sent": [[3, 5], [2, 4]], "views": {"a@1": {"sales": {"dead": 1}}}}
+    assert JournalCheckpoint.of_json(several).to_json() == several
     earlier = {name: each for name, each in stored.items() if name not in ("beginnings", "first")}
     assert JournalCheckpoint.of_json(earlier) == dataclasses.replace(checkpoint, beginnings=Beginnings(), first={})
 
 
 @pytest.mark.parametrize("features_version", [None, 4])
 def test_the_start_of_a_job_is_the_first_envelope_of_the_journal(features_version: int | None) -> None:
-    start = RecoveryPoint(
-        9, RECORD.next, RECORD.completeness, RECORD.counts, {"sales": 3}, BEGINNINGS, features_version
-    )
+    features = {} if features_version is None else {"a@1": features_version}
+    start = RecoveryPoint(9, RECORD.next, RECORD.completeness, RECORD.counts, {"sales": 3}, BEGINNINGS, features)
     head = head_of(start_envelope(start))
     assert head == {
         "kind": "start",
@@ -143,7 +144,9 @@ def test_the_start_of_a_job_is_the_first_envelope_of_the_journal(features_versio
             "next": {"sales": {"0": 3, "1": 4}},
             "completeness": COMPLETENESS,
             "counts": {"sales": {"rows": 8}},
-            "versions": {"sales": 3} | ({} if features_version is None else {"?answers": features_version}),
+            "versions": {"sales": 3},
+            "features": features,
+            "views": {},
             "beginnings": STORED_BEGINNINGS,
         },
     }
@@ -160,7 +163,7 @@ def test_the_start_of_a_job_is_the_first_envelope_of_the_journal(features_versio
     ],
 )
 def test_the_input_of_a_shard_survives_its_envelope_whatever_sources_are_called(tables: ShardTables) -> None:
-    given = ShardInput(9, 3, 30, tables)
+    given = ShardInput(9, 3, 30, tables, {"s": 5}, 2)
     same(ShardInput.of_envelope(given.to_envelope()), given)
     assert tables.empty == (not tables.to_frames())
 
@@ -176,7 +179,13 @@ def test_the_names_in_envelopes_of_shards_are_those_of_checkpoints() -> None:
 
 
 @pytest.mark.parametrize(
-    "part", [ReadySpineRows(9, 2, "sales/0:3", ROWS), ShardFeatures(9, 1, StoreSize(5, 600), {0: ROWS, 7: ROWS})]
+    "part",
+    [
+        ReadySpineRows(9, 2, "sales/0:3", ROWS),
+        ReadySpineRows(9, 2, "sales/0:3", ROWS, {"shops": "a"}, 1),
+        ShardFeatures(9, 1, StoreSize(5, 600), {0: ROWS, 7: ROWS}),
+        ShardFeatures(9, 1, StoreSize(5, 600), {0: ROWS}, 1),
+    ],
 )
 def test_what_is_assembled_survives_its_envelope(part: ReadySpineRows | ShardFeatures) -> None:
     same(assembly_input_of(part.to_envelope()), part)
@@ -185,15 +194,17 @@ def test_what_is_assembled_survives_its_envelope(part: ReadySpineRows | ShardFea
 @pytest.mark.parametrize("dead", [0, 1])
 def test_what_is_committed_survives_its_envelope(dead: int) -> None:
     dead_letters = pl.DataFrame([("sales", 0, 1, -1, "", "rule", None, 5)] * dead, MESSAGE_DEAD_LETTERS, orient="row")
-    entry = TurnEntry(RECORD, 4, 2, StoreSize(5, 600), {"sales": ROWS}, dead_letters)
+    own = {1: dead_letters} if dead else {}
+    entry = TurnEntry(RECORD, 4, {0: 2, 1: 3}, StoreSize(5, 600), {"sales": ROWS}, dead_letters, own)
     features = TurnFeatures(9, StoreSize(5, 600), ROWS, dead_letters)
-    for part in (entry, features):
+    for part in (entry, features, dataclasses.replace(features, view=1)):
         same(commit_input_of(part.to_envelope()), part)
-        found = step_messages.dead_letters_in(part.to_envelope())
-        assert (0 if found is None else len(found)) == dead
+        assert step_messages.has_dead_letters(part.to_envelope()) == bool(dead)
     head, frames = unpack(entry.to_envelope())
-    assert head == {**STORED_RECORD, "began": 4, "questions": 2, "letters": dead, "state": {"rows": 5, "bytes": 600}}
-    assert set(frames) == {"rows:sales"} | ({"letters"} if dead else set())
+    state = {"rows": 5, "bytes": 600}
+    questions = {"0": 2, "1": 3}
+    assert head == {**STORED_RECORD, "began": 4, "questions": questions, "letters": 2 * dead, "state": state}
+    assert set(frames) == {"rows:sales"} | ({"letters", "letters:1"} if dead else set())
     head, frames = unpack(features.to_envelope())
     assert head == {"kind": "features", "turn": 9, "state": {"rows": 5, "bytes": 600}, "letters": dead}
     assert set(frames) == {"rows"} | ({"letters"} if dead else set())
@@ -201,7 +212,7 @@ def test_what_is_committed_survives_its_envelope(dead: int) -> None:
 
 def test_a_tick_holds_nothing_to_commit() -> None:
     assert commit_input_of(step_messages.TICK) is None
-    assert step_messages.dead_letters_in(step_messages.TICK) is None
+    assert not step_messages.has_dead_letters(step_messages.TICK)
 
 
 def test_with_one_shard_only_what_leaves_the_step_is_serialised(
@@ -215,7 +226,7 @@ def test_with_one_shard_only_what_leaves_the_step_is_serialised(
     pl.DataFrame({"k": ["a"], "size": [1], "name": ["x"], "rate": [0.1]}, schema=shops.schema).write_parquet(
         tmp_path / "shops" / "s.parquet"
     )
-    step = JournalDoFn(view, LiveSettings(str(tmp_path), "r", str(tmp_path), shards=1, pace=0, keep=30_000_000))
+    step = JournalDoFn([view], LiveSettings(str(tmp_path), "r", str(tmp_path), shards=1, pace=0, keep=30_000_000))
     step.setup()
     head, bag, *slots = (Cell() for _ in range(10))
     tags = []

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from schemas import FeatureView
-from schemas.live import live_sources
+from schemas.live import joined_sources
 from transforms.records.frame_packets import head_of
+from transforms.streaming.epochs import record_memory
 from transforms.streaming.journal import Journal, Turn
 from transforms.streaming.live_features import decode_messages
 from transforms.streaming.live_settings import LiveSettings
 from transforms.streaming.live_tables import PendingTurns
 from transforms.streaming.messages import Message
 from transforms.streaming.micro_batches import micro_batches_of
+from transforms.streaming.progress import NO_EPOCH
 from transforms.streaming.recovery import RecoveryPoint, find_recovery_point, restore_journal
-from transforms.streaming.shard_dofns import AssembleDoFn
+from transforms.streaming.shard_dofns import Assembly
 from transforms.streaming.shards import Shard
 
 HOUR = 3_600_000_000
@@ -34,31 +36,31 @@ class JobOptions:
 
 
 class Job:
-    """One process of a live job."""
+    """One process of a live job, of one view or several."""
 
     def __init__(
         self,
-        view: FeatureView,
+        views: FeatureView | Sequence[FeatureView],
         store: Path,
         dimensions: Path,
         begin: Mapping[str, Mapping[int, int]],
         options: JobOptions = JobOptions(),
     ) -> None:
         run_id, shards, keep, start = options.run_id, options.shards, options.keep, options.start
-        self.view, self.store = view, str(store)
+        self.views = (views,) if isinstance(views, FeatureView) else tuple(views)
+        self.view, self.store = self.views[0], str(store)
         self.live = LiveSettings(str(store), run_id, str(dimensions), shards=shards, keep=keep)
-        self.journal = Journal(view, shards, keep)
-        self.shards = [Shard(view, number, shards) for number in range(shards)]
-        self.ledger = PendingTurns(view, str(store), run_id)
-        self.assemble = AssembleDoFn(view, self.live)
-        self.assemble.setup()
-        if self.journal.keys.dimensions:
-            looked_up = AssembleDoFn(view, self.live)  # of the journal's process
-            looked_up.setup()
-            self.journal.dimensions = looked_up.dimensions
-        self.sources = live_sources(view)
+        self.journal = Journal(self.views, shards, keep)
+        self.shards_of = [[Shard(view, number, shards) for number in range(shards)] for view in self.views]
+        self.ledger = PendingTurns(self.views, str(store), run_id)
+        self.assemblies = [Assembly(view, self.live) for view in self.views]
+        for part in self.journal.parts:
+            if part.keys.dimensions:
+                part.dimensions = Assembly(part.view, self.live).dimensions  # of the journal's process
+        self.sources = joined_sources(self.views)
         self.now = 0
-        start = start or find_recovery_point(view, str(store), begin)
+        record_memory(self.views, str(store), run_id, NO_EPOCH, keep)
+        start = start or find_recovery_point(self.views, str(store), begin)
         self.start = {
             name: {int(number): offset for number, offset in each.items()} for name, each in start.next.items()
         }
@@ -66,6 +68,11 @@ class Job:
             self._pass_on(turn)
         if self.journal.answerable(0):
             self._pass_on(self.journal.turn([], 0))
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Those of the first view."""
+        return self.shards_of[0]
 
     def take(self, messages: Sequence[Message]) -> None:
         """Decode messages, make a turn of them."""
@@ -76,19 +83,21 @@ class Job:
         self._pass_on(self.journal.turn(admitted, self.now))
 
     def _pass_on(self, turn: Turn) -> None:
-        feature_rows = []
-        for number, given in turn.shards.items():
-            feature_row = self.shards[number].apply(given)
-            feature_rows += [feature_row] if feature_row is not None else []
         self.ledger.take(turn.entry)
-        if turn.spine_rows is not None:
-            assert turn.spine_rows.shards == len(feature_rows)
-            self.ledger.take(self.assemble.compute_features(turn.spine_rows, feature_rows))
+        for part in turn.views:
+            answers = []
+            for number, given in part.shards.items():
+                answer = self.shards_of[part.view][number].apply(given)
+                answers += [answer] if answer is not None else []
+            if part.spine_rows is not None:
+                assert part.spine_rows.shards == len(answers)
+                self.ledger.take(self.assemblies[part.view].compute_features(part.spine_rows, answers))
 
     def commit(self) -> dict[str, Any]:
         return self.ledger.commit(turns).to_json() if (turns := self.ledger.whole()) else {}
 
 
 def unread(messages: Iterable[Message], start: Mapping[str, Mapping[int, int]]) -> list[Message]:
-    """What a consumer placed at `start` reads."""
-    return [each for each in messages if each.offset >= start[each.topic].get(each.partition, 0)]
+    """What a consumer placed at `start` reads, of the topics that it reads."""
+    mine = [each for each in messages if each.topic in start]
+    return [each for each in mine if each.offset >= start[each.topic].get(each.partition, 0)]

@@ -25,14 +25,21 @@ from transforms.lineage.erasure_records import ERASURES_FOLDER, Erased
 from transforms.lineage.visible_rows import VisibleRows, read_accepted, seen_of
 from transforms.records.arrays import Bools, Ints
 from transforms.records.row_hashing import row_ids
-from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
+from transforms.sources.dead_letters import VIEW_DEAD_LETTERS
 from transforms.sources.repeats import NEVER_REPEATED
 from transforms.storage.delta_tables import DataFile, data_files, open_table, read_file
 from transforms.storage.file_systems import FileSystems
 from transforms.storage.paths import features_live_uri, live_dead_letters_uri, source_uri, sources_root
 from transforms.streaming.live_dimensions import kept_version
-from transforms.streaming.live_tables import application_of, last_commit_record, read_feature_rows
+from transforms.streaming.live_tables import (
+    application_of,
+    last_commit_record,
+    of_version,
+    read_dead_letters,
+    read_feature_rows,
+)
 from transforms.streaming.pending_spine_rows import about_spine_rows
+from transforms.streaming.progress import CommitRecord
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, cut_of
 
 EXAMPLES = 3
@@ -159,11 +166,8 @@ def topic_dead_letters(view: FeatureView, store: str) -> pl.DataFrame:
     """A live job's dead letters of rows that came from topics."""
     table = open_table(live_dead_letters_uri(store, view.name))
     files = [] if table is None else data_files(table)
-    empty = pl.DataFrame(pl.from_arrow(LIVE_DEAD_LETTERS.empty_table()))
-    parts = [
-        pl.DataFrame(pl.from_arrow(read_file(file, LIVE_DEAD_LETTERS.names))).select(empty.columns) for file in files
-    ]
-    return pl.concat([empty, *parts]).filter(pl.col("partition") >= 0)
+    empty = pl.DataFrame(pl.from_arrow(VIEW_DEAD_LETTERS.empty_table()))
+    return pl.concat([empty, *map(read_dead_letters, files)]).filter(pl.col("partition") >= 0, of_version(view))
 
 
 def rejected_spine_rows(view: FeatureView, store: str) -> pl.DataFrame:
@@ -178,7 +182,7 @@ def pending(view: FeatureView, store: str) -> int:
     tables += [(source_uri(sources_root(store), name), name) for name in (view.spine.name, *view.events)]
     records = [last_commit_record(open_table(uri), application_of(name)) for uri, name in tables]
     newest = max(records, key=lambda each: int(each.get("turn", -1)))
-    return int(newest.get("pending") or 0)
+    return CommitRecord.of_json(newest).of_view(view).pending
 
 
 def cuts_of(files: Sequence[DataFile]) -> list[str]:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         MESSAGE_DEAD_LETTERS,
         SOURCE_DEAD_LETTERS,
         UNDATED,
+        VIEW_DEAD_LETTERS,
         as_message_dead_letters,
         concat_dead_letters,
         dated_dead_letters,

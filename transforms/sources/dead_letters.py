@@ -68,6 +68,9 @@ LIVE_DEAD_LETTERS = pa.schema(
     ]
 )
 
+# As a live features job writes them: of one version of the view; null for all of them.
+VIEW_DEAD_LETTERS = LIVE_DEAD_LETTERS.append(pa.field("fingerprint", pa.string()))
+
 
 # The date of dead letters that have no time: of dimensions, and of row groups without any plausible time.
 UNDATED = date(1970, 1, 1)

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
         application_of,
         is_of_live_job,
         last_commit_record,
+        of_version,
+        read_dead_letters,
         read_feature_rows,
         source_record,
     )
@@ -90,10 +92,11 @@ if TYPE_CHECKING:
         live_features_figures,
         prepare_live_features,
     )
+    from transforms.streaming.progress import CommitRecord, version_name
     from transforms.streaming.replay import Replay, SendChunks
     from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, cut_of, row_identity
     from transforms.streaming.step_messages import start_envelope
-    from transforms.streaming.store_owner import has_read
+    from transforms.streaming.store_owner import RecordedDefinition, has_read, read_note
     from transforms.streaming.wake_ups import Timer, clear_wake_up, set_wake_up, wake_timer
 
 import_when_used(__name__)

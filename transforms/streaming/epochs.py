@@ -13,21 +13,24 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
+from collections.abc import Sequence
 
 from deltalake import DeltaTable
 
 from schemas.errors import ConflictError
+from schemas.live import repeats_by
 from schemas.views import FeatureView
 from transforms.storage.delta_tables import COMMIT_ATTEMPTS, CommittedMeanwhile, open_table, retry_commits
+from transforms.streaming.fates import RepeatMemory, WindowReach
 from transforms.streaming.live_tables import TableWriter, last_commit_record, writers_of
-from transforms.streaming.progress import NO_EPOCH, Epoch
+from transforms.streaming.progress import NO_EPOCH, CommitRecord, Epoch, memory_to_json
 
 
-def take_epoch(view: FeatureView, store: str, run_id: str) -> Epoch:
+def take_epoch(views: Sequence[FeatureView], store: str, run_id: str) -> Epoch:
     """Takes over the tables of a features job.  From now on, no earlier launch commits to them.
 
     Args:
-        view: the view of the job.
+        views: the views of the job.
         store: the folder of the tables.
         run_id: recorded in the commits.
 
@@ -47,7 +50,7 @@ def take_epoch(view: FeatureView, store: str, run_id: str) -> Epoch:
         ),
     )
     for _ in range(COMMIT_ATTEMPTS):
-        writers = list(writers_of(view, store, run_id, NO_EPOCH))
+        writers = list(writers_of(views, store, run_id, NO_EPOCH))
         recorded = [Epoch.of_record(last_commit_record(open_table(each.uri), each.app)) for each in writers]
         number = 1 + max(number, *(each.number for each in recorded))
         epoch = Epoch(number, uuid.uuid4().hex[:8])
@@ -70,3 +73,43 @@ def _take(writer: TableWriter, exhausted: ConflictError) -> bool:
         return True
 
     return retry_commits(writer.uri, attempt, exhausted)
+
+
+def record_memory(views: Sequence[FeatureView], store: str, run_id: str, epoch: Epoch, keep: int) -> None:
+    """Records for how long a launch recognises repeats, before it computes anything.
+
+    It may be longer than before, if the job serves other views.  Parity and later launches must know of it even if the
+    launch accepts no row.
+
+    Args:
+        views: the views of the job.
+        store: the folder of the tables.
+        run_id: recorded in the commits.
+        epoch: of the launch.
+        keep: for how long (µs) features are still computed for late spine rows.
+
+    Raises:
+        ConflictError: another launch has taken the tables over.
+        StoreError: the store cannot be written.
+    """
+    exhausted = ConflictError("A live job is started once", store, "Are several launches starting it?")
+    for name, writer in writers_of(views, store, run_id, epoch).sources.items():
+        least = WindowReach.of(views, name).least_memory(keep)
+
+        def attempt(
+            table: DeltaTable | None, name: str = name, writer: TableWriter = writer, least: int = least
+        ) -> None:
+            record = last_commit_record(table, writer.app)
+            if not record:  # its first commit will record it
+                return
+            known = CommitRecord.of_json(record)
+            before = known.memory.get(name, RepeatMemory())
+            memory = before.grown(least, known.next_of(name))
+            if memory == before:
+                return
+            record = {**record, **memory_to_json({**known.memory, name: memory})}
+            if not writer.commit(table, [], known.turn, record):
+                raise CommittedMeanwhile(writer.uri)
+
+        if any(repeats_by(view, name) for view in views):
+            retry_commits(writer.uri, attempt, exhausted)

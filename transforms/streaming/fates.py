@@ -7,7 +7,7 @@ again, by `repeated_from`, from the accepted rows alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -65,24 +65,50 @@ class RepeatMemory:
         return cls(tuple((int(length), {int(key): int(at) for key, at in first.items()}) for length, first in value))
 
 
-def least_memory(view: FeatureView, name: str, keep: int) -> int:
-    """The memory (µs) that a view needs for a source: twice the longest bounded window over it, or `keep` if there is
-    none."""
-    return 2 * view.reach(name) or keep
+@dataclasses.dataclass(frozen=True)
+class WindowReach:
+    """How far the windows of a job's views reach back over one source.
 
-
-def comparison_span(view: FeatureView, name: str, memory: int) -> int:
-    """For how long (µs) before the journal's horizon a new row is compared with others.  An older row counts."""
-    return view.reach(name) + memory
-
-
-def remembered(view: FeatureView, name: str, memory: int) -> int:
-    """For how long (µs) before the journal's horizon rows are remembered, to find repeats.
-
-    No bounded window reaches a row at the edge of what is compared.  A lifetime window does, so its fate must be right:
-    it may repeat a row that is older by up to `memory`.
+    Args:
+        bounded: the longest bounded window, µs; 0: there is none.
+        lifetime: whether some window is a lifetime window.
     """
-    return comparison_span(view, name, memory) + (memory if name in lifetime_sources(view) else 0)
+
+    bounded: int
+    lifetime: bool
+
+    @classmethod
+    def of(cls, views: Iterable[FeatureView], name: str) -> WindowReach:
+        """The reach over the source `name`.  Views that do not read it have none."""
+        some = [view for view in views if name in view.events]
+        bounded = max((view.reach(name) for view in some), default=0)
+        return cls(bounded, any(name in lifetime_sources(view) for view in some))
+
+    def least_memory(self, keep: int) -> int:
+        """The memory (µs) that is needed at least: twice the longest bounded window, or `keep` if there is none."""
+        return 2 * self.bounded or keep
+
+    def comparison_span(self, memory: int) -> int:
+        """For how long (µs) before the journal's horizon a new row is compared with others.  An older row counts."""
+        return self.bounded + memory
+
+    def remembered(self, memory: int) -> int:
+        """For how long (µs) before the journal's horizon rows are remembered, to find repeats.
+
+        No bounded window reaches a row at the edge of what is compared.  A lifetime window does, so its fate must be
+        right: it may repeat a row that is older by up to `memory`.
+        """
+        return self.comparison_span(memory) + (memory if self.lifetime else 0)
+
+    def held_back(self, memory: int) -> int:
+        """For how long (µs) before the journal's horizon shards hold events as they are.
+
+        A compacted event cannot be retracted.  It is therefore held until no new event is compared with it any more.
+
+        Args:
+            memory: for how long (µs) repeats are recognised; 0 if there are none.
+        """
+        return self.comparison_span(memory) if self.lifetime else self.bounded
 
 
 def known_columns(view: FeatureView, name: str) -> list[str]:

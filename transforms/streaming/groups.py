@@ -11,10 +11,9 @@ from schemas.errors import DefinitionError
 from schemas.expressions import columns_of, dtype_of
 from schemas.feature_groups import GroupKey, column_names, group_key, window_lengths
 from schemas.features import Derived, Latest, Lookup, Trailing
-from schemas.views import FeatureView, lifetime_sources
+from schemas.views import FeatureView
 from transforms.features.kernel import lookup_columns, with_derived
 from transforms.features.packed_events import PackedRows
-from transforms.streaming.fates import comparison_span
 from transforms.streaming.lifetime_store import Kind, by_kind
 
 
@@ -70,19 +69,6 @@ def shard_groups(view: FeatureView) -> tuple[Group, ...]:
         Group(key.source, key.keys, tuple(features), max(_lengths(features)), kind)
         for (key, kind), features in found.items()
     )
-
-
-def held_back(view: FeatureView, source: str, memory: int) -> int:
-    """For how long (µs) before the journal's horizon shards hold the events of a source uncompacted.
-
-    A compacted event cannot be retracted, so it is held until no new one is compared with it any more.
-
-    Args:
-        view: the view.
-        source: name of the source.
-        memory: for how long (µs) repeats of its events are recognised; 0 if the source has none.
-    """
-    return comparison_span(view, source, memory) if source in lifetime_sources(view) else view.reach(source)
 
 
 def _lengths(features: Sequence[Trailing | Latest]) -> list[int]:

@@ -1,9 +1,9 @@
-"""The journal: puts everything that arrives into one order, and decides when each spine row can be computed.
+"""The journal: one order for everything that arrives, and the decision which spine rows can be computed when.
 
-Micro-batches of all partitions arrive here.  In *turns* the journal admits them in order of offsets, drops repeats,
-advances the completeness watermark, and sends the spine rows whose sources are complete to the shards.  Turns are
-numbered.  The *cut* of a turn is the next offset of every partition: it shows what the turn could see, and is the same
-for all features of a row.
+Micro-batches of all partitions arrive here.  In *turns* the journal admits them in order of offsets, accepts their
+rows, advances the completeness watermark, and has each view sort the rows and send its shards what they need (see
+`view_journal`).  Turns are numbered.  The *cut* of a turn is the next offset of every partition: it shows what the turn
+could see, and is the same for all features of a row.
 """
 
 from __future__ import annotations
@@ -15,42 +15,34 @@ from typing import TypeVar
 import numpy as np
 import polars as pl
 
-from schemas.live import repeats_by
+from schemas.live import joined_sources, repeats_by
 from schemas.sources import Source
-from schemas.views import FeatureView, lifetime_sources
-from transforms.features.packed_events import PackedRows
+from schemas.views import FeatureView
 from transforms.records.columns import moments_of, with_series
 from transforms.records.frame_packets import Head
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS, message_dead_letters
 from transforms.streaming.beginnings import BEFORE_START, Beginnings
 from transforms.streaming.completeness import Completeness, CompletenessRule, SourceCompleteness
-from transforms.streaming.fates import RepeatMemory, comparison_span, known_columns, least_memory, remembered
-from transforms.streaming.groups import GroupKeys, held_back, shard_groups
-from transforms.streaming.live_dimensions import Dimensions
-from transforms.streaming.messages import ORIGIN_TYPES
+from transforms.streaming.fates import RepeatMemory, WindowReach
 from transforms.streaming.micro_batches import MicroBatch, NextAvailable, admissible, no_topic
-from transforms.streaming.pending_spine_rows import PendingSpineRows
 from transforms.streaming.progress import (
     CommitRecord,
+    ViewRecord,
     completeness_of_json,
     completeness_to_json,
     memory_of_json,
     memory_to_json,
     offsets_of_json,
     offsets_to_json,
+    version_name,
 )
-from transforms.streaming.repeats import Deduplicated, RepeatFinder
-from transforms.streaming.routing import TurnRouting
-from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID, cut_text, row_identity
-from transforms.streaming.step_messages import ReadySpineRows, ShardInput, TurnEntry
+from transforms.streaming.repeats import Deduplicated
+from transforms.streaming.row_origin import RID, row_identity
+from transforms.streaming.step_messages import TurnEntry
 from transforms.streaming.time_buckets import TimeBuckets, size_of
-from transforms.streaming.view_contracts import contracts_of, sort_rows
+from transforms.streaming.view_journal import TurnContext, ViewJournal, ViewTurn
 
-# Every shard gets an input at least every so many turns, with the horizon up to which it evicts rows.
-HORIZON_EVERY = 16
-# Counts the accepted rows that break the view's contract.  They are dead letters, and counted as such too.
-REJECTED = "rejected"
 _NO_DEAD_LETTERS = pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)
 Key = TypeVar("Key", int, str)
 
@@ -61,14 +53,12 @@ class Turn:
 
     Args:
         number: number of the turn.
-        shards: the inputs of the shards, by their number.
-        spine_rows: the spine rows to compute, for the assembly; None if there are none.
+        views: what it sends for the views, for one or for all of them.
         entry: what the turn accepted, for the tables.
     """
 
     number: int
-    shards: Mapping[int, ShardInput]
-    spine_rows: ReadySpineRows | None
+    views: tuple[ViewTurn, ...]
     entry: TurnEntry
 
 
@@ -79,7 +69,7 @@ class JournalCheckpoint:
     Args:
         turn: number of the last turn.
         began: number of the first turn of this launch.
-        sent: number of inputs that were sent to each shard.
+        sent: by view, number of inputs that were sent to each shard.
         completeness: the state of completeness, by source.
         horizon: µs; see `Journal.advance`.
         counts: counts of rows by source and by what became of them.
@@ -87,11 +77,12 @@ class JournalCheckpoint:
         beginnings: the times from which the store has the rows of each source.
         first: µs of the first rows of each partition, by source, while the beginning of the source is not known.
         memory: for how long repeats are recognised, by source with `unique`.
+        views: by view, the rows that are counted for it (see `version_name`).
     """
 
     turn: int
     began: int
-    sent: tuple[int, ...]
+    sent: tuple[tuple[int, ...], ...]
     completeness: Mapping[str, SourceCompleteness]
     horizon: int
     counts: Mapping[str, Mapping[str, int]]
@@ -99,28 +90,31 @@ class JournalCheckpoint:
     beginnings: Beginnings
     first: Mapping[str, Mapping[int, int]]
     memory: Mapping[str, RepeatMemory] = dataclasses.field(default_factory=dict)
+    views: Mapping[str, Mapping[str, Mapping[str, int]]] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> Head:
         return {
             "turn": self.turn,
             "began": self.began,
-            "sent": list(self.sent),
+            "sent": [list(each) for each in self.sent] if len(self.sent) > 1 else list(self.sent[0]),
             "clock": completeness_to_json(self.completeness),
             "horizon": self.horizon,
             "counts": self.counts,
             "next": offsets_to_json(self.next),
             "beginnings": self.beginnings.to_json(),
             "first": offsets_to_json(self.first),
+            **({"views": self.views} if self.views else {}),
             **memory_to_json(self.memory),
         }
 
     @classmethod
     def of_json(cls, value: Head) -> JournalCheckpoint:
-        """The checkpoint of `to_json`, also of an earlier version."""
+        """The checkpoint of `to_json`, also of an earlier version, which had one view."""
+        sent = value["sent"]
         return cls(
             value["turn"],
             value["began"],
-            tuple(value["sent"]),
+            tuple(map(tuple, sent if sent and isinstance(sent[0], list) else [sent])),
             completeness_of_json(value["clock"]),
             value["horizon"],
             value["counts"],
@@ -128,6 +122,7 @@ class JournalCheckpoint:
             Beginnings.of_json(value.get("beginnings")),
             offsets_of_json(value.get("first", {})),
             memory_of_json(value.get("memory", {})),
+            value.get("views", {}),
         )
 
 
@@ -135,29 +130,26 @@ class Journal:
     """See the module.  A plain Python object: `checkpoint` and `stores` are its state.
 
     Args:
-        view: the view.
-        shards: number of shards.
+        views: the views, the newest definition first.
+        shards: number of shards of each view.
         keep: for how long (µs) after the watermark of the spine features are still computed for late spine rows.
     """
 
-    def __init__(self, view: FeatureView, shards: int, keep: int) -> None:
-        self.view, self.shards, self.keep = view, shards, keep
+    def __init__(self, views: Sequence[FeatureView], shards: int, keep: int) -> None:
+        self.views, self.keep = tuple(views), keep
         self.next_available: NextAvailable = no_topic
-        self.groups, self.lifetime = shard_groups(view), lifetime_sources(view)
-        self.keys = GroupKeys.of(view)
-        self.dimensions: Dimensions | None = None  # it is needed if some key comes from a Lookup
-        self.sources: dict[str, Source] = {view.spine.name: view.spine, **view.events}
-        self.contracts = contracts_of(view)
+        self.sources: dict[str, Source] = joined_sources(self.views)
         self.completeness = Completeness({name: CompletenessRule.of(source) for name, source in self.sources.items()})
         self.turn_number, self.began = 0, 1
-        self.sent = [0] * shards
         self.next: dict[str, dict[int, int]] = {name: {} for name in self.sources}
         self.horizon = ALWAYS
         self.beginnings = Beginnings()
         self.first: dict[str, dict[int, int]] = {}
         self.counts: dict[str, dict[str, int]] = {name: {} for name in self.sources}
-        self.spine_rows = PendingSpineRows(view, keep, self._count)
-        self.repeats = {name: RepeatFinder(view, name, 0) for name in view.events if repeats_by(view, name)}
+        self.reach = {name: WindowReach.of(self.views, name) for name in self.sources}
+        self.parts = [
+            ViewJournal(number, view, shards, keep, self.reach, self._count) for number, view in enumerate(self.views)
+        ]
         self.memory: dict[str, RepeatMemory] = {}
         self.remember({}, {})
 
@@ -166,13 +158,18 @@ class Journal:
     @property
     def stores(self) -> dict[str, TimeBuckets]:
         """All rows that it holds."""
-        return {**self.spine_rows.stores, **{name: each.store for name, each in self.repeats.items()}}
+        several = len(self.parts) > 1
+        return {
+            f"{part.number} {name}" if several else name: store
+            for part in self.parts
+            for name, store in part.stores.items()
+        }
 
     def checkpoint(self) -> JournalCheckpoint:
         return JournalCheckpoint(
             turn=self.turn_number,
             began=self.began,
-            sent=tuple(self.sent),
+            sent=tuple(tuple(part.sent) for part in self.parts),
             completeness=self.completeness.state(),
             horizon=self.horizon,
             counts=_copied(self.counts),
@@ -180,32 +177,40 @@ class Journal:
             beginnings=self.beginnings,
             first=_copied(self.first),
             memory=self.memory,
+            views={name: each.counts for name, each in self._view_records().items()},
         )
 
     def load(self, checkpoint: JournalCheckpoint) -> None:
         """Restores the state of `checkpoint`."""
         self.turn_number, self.began, self.horizon = checkpoint.turn, checkpoint.began, checkpoint.horizon
-        self.sent = list(checkpoint.sent)
+        for part, sent in zip(self.parts, checkpoint.sent, strict=True):
+            part.sent = list(sent)
         self.completeness.restore(checkpoint.completeness)
         self.counts, self.next = _copied(checkpoint.counts), _copied(checkpoint.next)
         self.beginnings, self.first = checkpoint.beginnings, _copied(checkpoint.first)
         self.remember(checkpoint.memory, self.next)
+        for part in self.parts:
+            counts = checkpoint.views.get(version_name(part.view), checkpoint.counts)
+            part.counts.update(_copied({name: each for name, each in counts.items() if name in part.counts}))
 
     def remember(self, recorded: Mapping[str, RepeatMemory], offsets: Mapping[str, Mapping[int, int]]) -> None:
-        """Recognises repeats for as long as the view needs, and at least for as long as before.
+        """Recognises repeats for as long as the views need, and at least for as long as before.
 
         Args:
-            recorded: the memory of earlier jobs, by source.
+            recorded: the memory that earlier jobs recorded, by source.
             offsets: next offset by source and partition: from there on rows have a longer memory.
         """
-        for name, each in self.repeats.items():
-            least = least_memory(self.view, name, self.keep)
+        for name in dict.fromkeys(name for part in self.parts for name in part.repeats):
+            least = self.reach[name].least_memory(self.keep)
             self.memory[name] = recorded.get(name, RepeatMemory()).grown(least, offsets.get(name, {}))
-            each.memory = self.memory[name].length
+            for part in self.parts:
+                if name in part.repeats:
+                    part.repeats[name].memory = self.memory[name].length
 
-    def held_back(self, name: str) -> int:
-        """For how long (µs) before the horizon shards hold the events of a source."""
-        return held_back(self.view, name, self.memory[name].length if name in self.memory else 0)
+    @property
+    def context(self) -> TurnContext:
+        """What the views need to know of the turn as it stands."""
+        return TurnContext(self.turn_number, self.horizon, self.next, self.memory, self.reach, self.beginnings)
 
     # -- turns ---------------------------------------------------------------------------------------------------
 
@@ -217,46 +222,35 @@ class Journal:
         """Applies the `admit`ted micro-batches, decides which spine rows can be computed, and numbers the turn."""
         self.turn_number += 1
         watermarks = {name: self.completeness.watermark(name, now) for name in self.sources}
-        accepted, dead_letters = self._accept(admitted, now)
+        accepted, unreadable = self._accept(admitted, now)
         accepted = {name: self._compared(name, rows) for name, rows in accepted.items()}
-        keeping = dict[str, pl.DataFrame]()
-        for name, rows in accepted.items():
-            keeping[name], broken = sort_rows(self.contracts[name], rows)
-            dead_letters += broken
-            for each in broken:
-                self._count(name, "dead", len(each))
-                self._count(name, REJECTED, len(each))
-        routing = self._routing()
-        for name in self.view.events:
-            if name in keeping:
-                fates = self._route_events(name, keeping[name], watermarks[name], routing)
-                if fates is not None:
-                    accepted[name] = _with_fates(accepted[name], fates)
-        spine_rows = keeping.get(self.view.spine.name)
-        if spine_rows is not None:
-            watermark = watermarks[self.view.spine.name]
-            asked = spine_rows[[*self.view.spine.schema, *ORIGIN_TYPES]]
-            dead_letters += self.spine_rows.add(asked, watermark, self._oldest_allowed(watermark))
+        added = [part.add(accepted, watermarks, self.context) for part in self.parts]
+        for _, _, fates in reversed(added):  # those of the newest definition are shown
+            accepted |= {name: _with_fates(accepted[name], each) for name, each in fates.items()}
         for name in self.sources:
             self.completeness.watermark(name, now)
             self._find_beginning(name)
-        ready = self.spine_rows.take_until(self.bound(now))
+        ready = [part.spine_rows.take_until(part.bound(self.completeness, now)) for part in self.parts]
         self.advance(now)
-        return self._output(routing, ready, accepted, pl.concat([_NO_DEAD_LETTERS, *dead_letters]))
+        turns = [
+            part.output(routing, self.context, some, dead_letters)
+            for part, (routing, dead_letters, _), some in zip(self.parts, added, ready, strict=True)
+        ]
+        return self._output(turns, accepted, pl.concat([_NO_DEAD_LETTERS, *unreadable]))
 
-    def seed(self, name: str, rows: pl.DataFrame) -> Turn:
-        """A turn that sends rows accepted earlier to the shards; it counts nothing and moves no watermark."""
+    def seed(self, part: ViewJournal, name: str, rows: pl.DataFrame) -> Turn:
+        """A turn that sends rows accepted earlier to the shards of a view; it counts nothing and moves no watermark."""
         self.turn_number += 1
-        routing = self._routing()
+        routing = part.routing()
         routing.add_events(name, rows)
-        return self._output(routing)
+        return self._output([part.output(routing, self.context)])
 
-    def seed_compacted(self, group: int, reduced: pl.DataFrame) -> Turn:
+    def seed_compacted(self, part: ViewJournal, group: int, reduced: pl.DataFrame) -> Turn:
         """As `seed`, for the compacted older events of a group."""
         self.turn_number += 1
-        routing = self._routing()
+        routing = part.routing()
         routing.add_compacted(group, reduced)
-        return self._output(routing)
+        return self._output([part.output(routing, self.context)])
 
     # -- the steps of a turn -------------------------------------------------------------------------------------
 
@@ -282,8 +276,8 @@ class Journal:
             for name, parts in rows.items()
             if parts
         }
-        for name in self.view.events:
-            if name in accepted and name != self.view.spine.name:
+        for name in accepted:
+            if not any(name == view.spine.name or repeats_by(view, name) for view in self.views):
                 accepted[name], early = self._since_start(name, accepted[name])
                 dead_letters += early
         return accepted, dead_letters
@@ -333,7 +327,7 @@ class Journal:
         Without `unique`, it cannot be known whether history also has the others.
         """
         start = self.beginnings.of(name).start
-        if start is None or repeats_by(self.view, name):
+        if start is None:
             return rows, []
         time = str(self.sources[name].time)
         early = pl.col(time).to_physical() < start
@@ -347,111 +341,47 @@ class Journal:
     def _compared(self, name: str, rows: pl.DataFrame) -> pl.DataFrame:
         """Accepted rows, with whether they come too late to be compared with others."""
         uncompared = np.zeros(len(rows), np.bool_)
-        if name in self.repeats and self.horizon > ALWAYS:
-            bound = self.horizon - comparison_span(self.view, name, self.memory[name].length)
+        if name in self.memory and self.horizon > ALWAYS:
+            bound = self.horizon - self.reach[name].comparison_span(self.memory[name].length)
             uncompared = moments_of(rows, str(self.sources[name].time)) < bound
         return with_series(rows, [pl.Series("__uncompared", uncompared)])
 
-    def _route_events(self, name: str, rows: pl.DataFrame, watermark: int, routing: TurnRouting) -> Deduplicated | None:
-        """Sends the new events of a source to the shards, and retracts events that a repeat replaces.
-
-        Returns:
-            The fates of the rows of a source with `unique`; None of another source.
-        """
-        fates = None
-        late = int((moments_of(rows, str(self.sources[name].time)) < watermark).sum())
-        if late:
-            self._count(name, "late", late)
-        if name in self.repeats:
-            columns = list(dict.fromkeys([*known_columns(self.view, name), *ORIGIN_COLUMNS]))
-            rows = rows[columns].hstack([row_identity(rows)])
-            fates = self.repeats[name].deduplicate(rows, self.horizon)
-            if self.sources[name] is not self.view.spine and fates.repeated:  # spine rows are counted elsewhere
-                self._count(name, "repeated", fates.repeated)
-            rows = fates.counted[[*self.view.columns_held(name), RID]]
-            if len(fates.replaced):
-                routing.add_replaced(name, fates.replaced["__instead"].alias(RID))
-        else:
-            rows = rows[self.view.columns_held(name)]
-        if self.horizon > ALWAYS:
-            rows = self._route_old_events(name, rows, routing)
-        routing.add_events(name, rows)
-        return fates
-
-    def _route_old_events(self, name: str, rows: pl.DataFrame, routing: TurnRouting) -> pl.DataFrame:
-        """Sends events that are too old for time buckets to be compacted, or counts them as outside every window.
-
-        Returns:
-            The other events.
-        """
-        reached = moments_of(rows, str(self.sources[name].time)) >= self.horizon - self.held_back(name)
-        if reached.all():
-            return rows
-        old = rows.filter(pl.Series(~reached))
-        if name in self.lifetime:
-            routing.add_old_events(name, old)
-        else:
-            self._count(name, "beyond", len(old))
-        return rows.filter(pl.Series(reached))
-
-    def _route_spine_rows(self, ready: pl.DataFrame, routing: TurnRouting) -> ReadySpineRows:
-        """Sends spine rows that can be computed to the shards.  Returns them for the assembly.
-
-        If keys come from dimensions, the assembly uses the same versions of the dimensions.
-        """
-        looked_up, versions = dict[str, PackedRows](), None
-        if self.keys.dimensions:
-            assert self.dimensions is not None
-            self.dimensions.refresh()
-            looked_up, versions = dict(self.dimensions.packed), dict(self.dimensions.versions)
-        shards = routing.add_spine_rows(self.keys.added_to(ready, looked_up))
-        cold = pl.Series("__cold", moments_of(ready, self.view.time) < self.beginnings.filled(self.view))
-        rows = ready[[*self.view.spine.schema, "row_id", "__late", *ORIGIN_TYPES]].hstack([cold])
-        return ReadySpineRows(self.turn_number, shards, cut_text(self.next), rows, versions)
-
     def _output(
         self,
-        routing: TurnRouting,
-        ready: pl.DataFrame | None = None,
+        turns: Sequence[ViewTurn],
         accepted: Mapping[str, pl.DataFrame] | None = None,
-        dead_letters: pl.DataFrame | None = None,
+        unreadable: pl.DataFrame = _NO_DEAD_LETTERS,
     ) -> Turn:
-        spine_rows = None if ready is None else self._route_spine_rows(ready, routing)
-        rejected = [_NO_DEAD_LETTERS if dead_letters is None else dead_letters]
-        if self.dimensions is not None:
-            rejected.append(self.dimensions.take_dead_letters())
-        shards = {}
-        for number, each in enumerate(routing.tables):
-            if not each.empty or self.turn_number % HORIZON_EVERY == 0:
-                memory = {name: memory.length for name, memory in self.memory.items()}
-                shards[number] = ShardInput(self.turn_number, self.sent[number], self.horizon, each, memory)
-                self.sent[number] += 1
         entry = TurnEntry(
             record=self._record(),
             began=self.began,
-            spine_rows=0 if ready is None else len(ready),
+            spine_rows={each.view: len(each.spine_rows.rows) for each in turns if each.spine_rows is not None},
             state=size_of(self.stores.values()),
             accepted=accepted or {},
-            dead_letters=rejected[0] if len(rejected) == 1 else pl.concat(rejected),
+            unreadable=unreadable,
+            dead_letters={each.view: each.dead_letters for each in turns if len(each.dead_letters)},
         )
-        return Turn(self.turn_number, shards, spine_rows, entry)
+        return Turn(self.turn_number, tuple(turns), entry)
 
     def _record(self) -> CommitRecord:
+        views = self._view_records()
+        oldest = [each.oldest_pending for each in views.values() if each.oldest_pending is not None]
         return CommitRecord(
             turn=self.turn_number,
             last=self.last,
             next=_copied(self.next),
             completeness=self.completeness.state(),
-            pending=len(self.spine_rows),
-            oldest_pending=self.spine_rows.oldest(),
+            pending=sum(each.pending for each in views.values()),
+            oldest_pending=min(oldest, default=None),
             horizon=self.horizon,
             counts=_copied(self.counts),
             beginnings=self.beginnings,
             memory=dict(self.memory),
+            views=views,
         )
 
-    def _routing(self) -> TurnRouting:
-        return TurnRouting(self.view, self.groups, self.shards)
+    def _view_records(self) -> dict[str, ViewRecord]:
+        return {version_name(part.view): part.record() for part in self.parts}
 
     # -- what can be computed, and what is still needed ----------------------------------------------------------
 
@@ -460,37 +390,24 @@ class Journal:
         """Whether every partition has reported its end."""
         return self.completeness.ended
 
-    def bound(self, now: int) -> int:
-        """Spine rows up to this time (µs) can be computed."""
-        return min([FOREVER, *(self.completeness.complete(name, now) for name in self.view.events)])
-
     def answerable(self, now: int) -> bool:
         """Whether some pending spine row can be computed now."""
-        oldest = self.spine_rows.oldest()
-        return oldest is not None and oldest <= self.bound(now)
-
-    def _oldest_allowed(self, watermark: int) -> int:
-        """Spine rows before this time (µs) are too late to be computed; ALWAYS: none is.
-
-        It is later than `keep` requires if an earlier launch had a shorter `keep`, because the horizon never goes back.
-        """
-        return self.horizon if watermark == ALWAYS else max(watermark - self.keep, self.horizon)
+        return any(part.answerable(self.completeness, now) for part in self.parts)
 
     def advance(self, now: int) -> None:
         """Moves the horizon, and evicts what neither a pending spine row nor a future one can reach.
 
-        No spine row from before the horizon will be computed.
+        No spine row from before the horizon will be computed.  It is that of the view that needs most.
         """
-        watermark = self.completeness.watermark(self.view.spine.name, now)
-        if watermark == ALWAYS:
-            self.horizon = max(self.horizon, self.beginnings.horizon)
-            return
-        oldest = self.spine_rows.oldest()
-        needed = min(watermark - self.keep, FOREVER if oldest is None else oldest)
+        watermarks = [self.completeness.watermark(part.view.spine.name, now) for part in self.parts]
+        needed = min(part.needed(each) for part, each in zip(self.parts, watermarks, strict=True))
         self.horizon = max(self.horizon, self.beginnings.horizon, needed)
-        self.spine_rows.evict(watermark - self.keep)
-        for name, each in self.repeats.items():
-            each.store.evict(self.horizon - remembered(self.view, name, each.memory))
+        for part, watermark in zip(self.parts, watermarks, strict=True):
+            if watermark == ALWAYS:
+                continue
+            part.spine_rows.evict(watermark - self.keep)
+            for name, each in part.repeats.items():
+                each.store.evict(self.horizon - self.reach[name].remembered(each.memory))
 
     def _count(self, source: str, what: str, number: int) -> None:
         counts = self.counts[source]

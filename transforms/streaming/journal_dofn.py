@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import apache_beam as beam
 from apache_beam import pvalue
@@ -32,11 +32,12 @@ from transforms.streaming.mirrored_state import (
     read_head,
     replace_bag,
     save_slots,
+    shard_key,
     with_slots,
     write_head,
 )
 from transforms.streaming.recovery import hand_over, restore_journal
-from transforms.streaming.shard_dofns import AssembleDoFn
+from transforms.streaming.shard_dofns import Assembly
 from transforms.streaming.shards import Shard
 from transforms.streaming.step_messages import TICK, ShardFeatures, start_of
 from transforms.streaming.time_buckets import Store
@@ -64,14 +65,14 @@ class JournalState:
 
     Args:
         journal: the journal.
-        shard: the shard, if there is only one.
+        shards: by number of a view its shard, if it has only one; else empty.
         inbox: micro-batches that are not admitted yet.
         early: in a replay, envelopes that arrived before an earlier one, by their index.
         counts: number of pieces of each slot.
     """
 
     journal: Journal
-    shard: Shard | None
+    shards: list[Shard]
     inbox: list[MicroBatch] = dataclasses.field(default_factory=list)
     early: dict[int, bytes] = dataclasses.field(default_factory=dict)
     counts: list[int] = dataclasses.field(default_factory=list)
@@ -79,8 +80,12 @@ class JournalState:
     @property
     def stores(self) -> dict[str, Store]:
         """Everything that is kept in slots."""
-        shards = {} if self.shard is None else self.shard.stores
-        return {**self.journal.stores, **{f"shard {name}": store for name, store in shards.items()}}
+        inside = {
+            f"shard {name}" if len(self.shards) == 1 else f"shard {view} {name}": store
+            for view, shard in enumerate(self.shards)
+            for name, store in shard.stores.items()
+        }
+        return {**self.journal.stores, **inside}
 
 
 class JournalDoFn(beam.DoFn):
@@ -90,14 +95,13 @@ class JournalDoFn(beam.DoFn):
     are not serialised, and the turn's feature rows are emitted instead.
     """
 
-    def __init__(self, view: FeatureView, live: LiveSettings) -> None:
-        self.view, self.live = view, live
+    def __init__(self, views: Sequence[FeatureView], live: LiveSettings) -> None:
+        self.views, self.live = tuple(views), live
 
     def setup(self) -> None:
         freeze_imports()
         self.mirror = Mirror[JournalState]()
-        self.assembly = AssembleDoFn(self.view, self.live)
-        self.assembly.setup()
+        self.assemblies = [Assembly(view, self.live) for view in self.views]
 
     @with_slots
     def process(
@@ -137,14 +141,15 @@ class JournalDoFn(beam.DoFn):
         """
 
         def build() -> JournalState:
-            journal = Journal(self.view, self.live.shards, self.live.keep)
-            if journal.keys.dimensions:
-                journal.dimensions = self.assembly.dimensions
+            journal = Journal(self.views, self.live.shards, self.live.keep)
+            for part, assembly in zip(journal.parts, self.assemblies, strict=True):
+                if part.keys.dimensions:
+                    part.dimensions = assembly.dimensions
             if self.live.kafka is not None:
                 journal.next_available = FirstAvailable(self.live.kafka, self.live.prefix)
             if "journal" in state:
                 journal.load(JournalCheckpoint.of_json(state["journal"]))
-            held = JournalState(journal, Shard(self.view, 0, 1) if self.live.shards == 1 else None)
+            held = JournalState(journal, [Shard(view, 0, 1) for view in self.views] if self.live.shards == 1 else [])
             held.counts = load_slots(held.stores, stored.slots)
             for envelope in stored.bag.read() if waiting else ():
                 index = head_of(envelope)["index"]
@@ -158,17 +163,19 @@ class JournalDoFn(beam.DoFn):
 
     def outputs(self, held: JournalState, turn: Turn) -> Iterator[pvalue.TaggedOutput]:
         """The outputs of a turn, as envelopes with their keys."""
-        if held.shard is not None:
-            computed = [held.shard.apply(each) for each in turn.shards.values()]
-            if turn.spine_rows is not None:
-                parts = [each for each in computed if isinstance(each, ShardFeatures)]
-                features = self.assembly.compute_features(turn.spine_rows, parts)
-                yield pvalue.TaggedOutput("features", (SINGLE_KEY, features.to_envelope()))
-        else:
-            for number, each in turn.shards.items():
-                yield pvalue.TaggedOutput("shards", (str(number).encode(), each.to_envelope()))
-            if turn.spine_rows is not None:
-                yield pvalue.TaggedOutput("spine_rows", (assembler(turn.number), turn.spine_rows.to_envelope()))
+        for given in turn.views:
+            ready = given.spine_rows
+            if held.shards:
+                computed = [held.shards[given.view].apply(each) for each in given.shards.values()]
+                if ready is not None:
+                    parts = [each for each in computed if isinstance(each, ShardFeatures)]
+                    features = self.assemblies[given.view].compute_features(ready, parts)
+                    yield pvalue.TaggedOutput("features", (SINGLE_KEY, features.to_envelope()))
+                continue
+            for number, each in given.shards.items():
+                yield pvalue.TaggedOutput("shards", (shard_key(given.view, number), each.to_envelope()))
+            if ready is not None:
+                yield pvalue.TaggedOutput("spine_rows", (assembler(turn.number), ready.to_envelope()))
         yield pvalue.TaggedOutput("entries", (SINGLE_KEY, turn.entry.to_envelope()))
 
     def save(self, key: bytes, state: Head, held: JournalState, stored: KeyState, left: Iterable[bytes]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import apache_beam as beam
 import polars as pl
@@ -17,7 +17,7 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.timestamp import MIN_TIMESTAMP
 from apache_beam.utils.windowed_value import WindowedValue
 
-from schemas.live import live_schema, live_sources
+from schemas.live import joined_sources, live_schema, live_sources, newest_versions
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.record_batches import batch
@@ -38,7 +38,7 @@ from transforms.streaming.messages import EXPANDED_BYTES, Message, by_partition,
 from transforms.streaming.micro_batches import MicroBatch, micro_batch_envelope
 from transforms.streaming.mirrored_state import SINGLE_KEY, KeyedBytes
 from transforms.streaming.shard_dofns import AssembleDoFn, CommitDoFn, ShardDoFn
-from transforms.streaming.step_messages import TurnFeatures, commit_input_of, dead_letters_in
+from transforms.streaming.step_messages import TurnEntry, TurnFeatures, commit_input_of, has_dead_letters
 
 # An envelope is sent once the values of its messages have this many bytes: some fifty thousand rows of a backlog.
 ENVELOPE_BYTES = 2 << 20
@@ -52,32 +52,32 @@ class LiveFeatures(beam.PTransform):
         their topic and table.
 
     Args:
-        view: the view whose features are computed.
+        views: the views whose features are computed, the newest definition first.
         live: the settings.
         sends: the topics of feature rows and dead letters; None: there are none.  Rows are committed to a table after
             the broker has acknowledged them, so that a topic always has everything that a table has.
     """
 
-    view: FeatureView
+    views: Sequence[FeatureView]
     live: LiveSettings
     sends: Sends | None = None
 
     def expand(self, envelopes: beam.PCollection) -> beam.PCollection:
-        view, live = self.view, self.live
+        views, live = tuple(self.views), self.live
         step = JournalDoFn if not live.pace else TimedJournalDoFn
         inside = live.shards == 1  # the shard is in the journal's step
         tags = ("features",) if inside else ("shards", "spine_rows")
-        journal = envelopes | "Journal" >> _keyed_step(step(view, live), *tags, "entries")
+        journal = envelopes | "Journal" >> _keyed_step(step(views, live), *tags, "entries")
         if not inside:
-            parts = _pairs(journal.shards) | "Shard" >> _keyed_step(ShardDoFn(view, live))
+            parts = _pairs(journal.shards) | "Shard" >> _keyed_step(ShardDoFn(views, live))
             both = (_pairs(journal.spine_rows), parts) | "Parts" >> beam.Flatten()
-            assembled = both | "Assemble" >> _keyed_step(AssembleDoFn(view, live), "features")
+            assembled = both | "Assemble" >> _keyed_step(AssembleDoFn(views, live), "features")
         entries, features = _pairs(journal.entries), _pairs(journal.features if inside else assembled.features)
         if self.sends is not None:
             entries = entries | "DeadLetters" >> Produce(self.sends.broker, self.sends.dead_letters)
             features = features | "FeatureRows" >> Produce(self.sends.broker, self.sends.feature_rows)
         turns = (entries, features) | "Turns" >> beam.Flatten()
-        return turns | "Commit" >> _keyed_step(CommitDoFn(view, live))
+        return turns | "Commit" >> _keyed_step(CommitDoFn(views, live))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,13 +85,13 @@ class Sends:
     """The topics of feature rows and dead letters.
 
     Args:
-        view: the view of the feature rows.
+        views: the views, the newest definition first.  The feature rows of further versions of a view have no topic.
         broker: the broker of the topics.
         prefix: prefix of their names.
         most: the most bytes of a message with feature rows.
     """
 
-    view: FeatureView
+    views: tuple[FeatureView, ...]
     broker: Broker
     prefix: str
     most: int
@@ -100,20 +100,28 @@ class Sends:
         """The feature rows of a turn as messages, and the dead letters about dimensions."""
         features = commit_input_of(pair[1])
         assert isinstance(features, TurnFeatures)
-        rows = batch(features.rows, live_schema(self.view))
-        for key, value in feature_row_messages(rows, self.view.fingerprint, self.most):
-            yield topic_of(self.view, self.prefix), key, value
-        yield from self._messages(features.dead_letters)
+        view = self.views[features.view]
+        if view in newest_versions(self.views):
+            rows = batch(features.rows, live_schema(view))
+            for key, value in feature_row_messages(rows, view.fingerprint, self.most):
+                yield topic_of(view, self.prefix), key, value
+        yield from self._messages(view, features.dead_letters)
 
     def dead_letters(self, pair: KeyedBytes) -> Iterator[tuple[str, bytes, bytes]]:
         """The dead letters of a turn's entry as messages."""
-        dead_letters = dead_letters_in(pair[1])
-        if dead_letters is not None:
-            yield from self._messages(dead_letters)
+        if not has_dead_letters(pair[1]):
+            return
+        entry = commit_input_of(pair[1])
+        assert isinstance(entry, TurnEntry)
+        for view in newest_versions(self.views):
+            mine = entry.unreadable.filter(pl.col("source").is_in(list(live_sources(view))))
+            yield from self._messages(view, mine)
+        for number, each in entry.dead_letters.items():
+            yield from self._messages(self.views[number], each)
 
-    def _messages(self, dead_letters: pl.DataFrame) -> Iterator[tuple[str, bytes, bytes]]:
+    def _messages(self, view: FeatureView, dead_letters: pl.DataFrame) -> Iterator[tuple[str, bytes, bytes]]:
         for key, value in dead_letter_messages(dead_letters):
-            yield dead_letters_topic(self.view, self.prefix), key, value
+            yield dead_letters_topic(view, self.prefix), key, value
 
 
 def _pairs(pairs: beam.PCollection) -> beam.PCollection:
@@ -170,19 +178,19 @@ def decode_messages(
     return micro_batch_envelope(micro_batches, arrived, index)
 
 
-def decode_alone(view: FeatureView, prefix: str, limits: MessageLimits, message: Message) -> None:
+def decode_alone(views: Sequence[FeatureView], prefix: str, limits: MessageLimits, message: Message) -> None:
     """Decodes one message, to see whether the process survives it."""
-    decode_messages(live_sources(view), [message], prefix, limits=limits)
+    decode_messages(joined_sources(views), [message], prefix, limits=limits)
 
 
 class DecodeChunks(beam.DoFn):
     """(number, messages) of a replay → envelope."""
 
-    def __init__(self, view: FeatureView, prefix: str = "") -> None:
-        self.view, self.prefix = view, prefix
+    def __init__(self, views: Sequence[FeatureView], prefix: str = "") -> None:
+        self.views, self.prefix = tuple(views), prefix
 
     def setup(self) -> None:
-        self.sources = live_sources(self.view)
+        self.sources = joined_sources(self.views)
 
     def process(self, chunk: tuple[int, list[Message]]) -> Iterator[bytes]:
         yield decode_messages(self.sources, chunk[1], self.prefix, chunk[0])
@@ -192,20 +200,24 @@ class DecodeBundles(beam.DoFn):
     """Message → envelopes: one for the messages of a bundle, or several for many, so that a backlog takes many turns.
 
     Args:
-        view: the view whose sources have these topics.
+        views: the views whose sources have these topics.
         prefix: prefix of the names of topics.
         guard: folder of the crash guard; None: there is none.
         limits: the most that a message may contain.
     """
 
     def __init__(
-        self, view: FeatureView, prefix: str = "", guard: str | None = None, limits: MessageLimits = DEFAULT_LIMITS
+        self,
+        views: Sequence[FeatureView],
+        prefix: str = "",
+        guard: str | None = None,
+        limits: MessageLimits = DEFAULT_LIMITS,
     ) -> None:
-        self.view, self.prefix, self.folder, self.limits = view, prefix, guard, limits
+        self.views, self.prefix, self.folder, self.limits = tuple(views), prefix, guard, limits
 
     def setup(self) -> None:
-        self.sources = live_sources(self.view)
-        self.guard = CrashGuard(self.folder, functools.partial(decode_alone, self.view, self.prefix, self.limits))
+        self.sources = joined_sources(self.views)
+        self.guard = CrashGuard(self.folder, functools.partial(decode_alone, self.views, self.prefix, self.limits))
 
     def teardown(self) -> None:
         self.guard.close()

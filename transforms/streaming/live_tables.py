@@ -18,12 +18,12 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from schemas.errors import ConflictError, StoreError
-from schemas.live import accepted, live_schema, live_sources
+from schemas.live import accepted_rows, joined_sources, live_schema, live_sources, repeats_by
 from schemas.views import FeatureView
 from transforms.records.arrays import Ints
 from transforms.records.frame_packets import Head
 from transforms.records.record_batches import batch
-from transforms.sources.dead_letters import LIVE_DEAD_LETTERS
+from transforms.sources.dead_letters import VIEW_DEAD_LETTERS
 from transforms.storage.delta_log import commit_at
 from transforms.storage.delta_tables import (
     COMMIT_ATTEMPTS,
@@ -96,9 +96,28 @@ def source_record(store: str, name: str) -> CommitRecord | None:
     return _record(open_table(source_uri(sources_root(store), name)), name)
 
 
+def features_table(view: FeatureView, store: str) -> DeltaTable | None:
+    """The live feature table of a view; None if there is none."""
+    return open_table(features_live_uri(store, view.name, view.fingerprint))
+
+
+def read_dead_letters(file: DataFile) -> pl.DataFrame:
+    """A file of a live job's dead letters; a column that its version of Millrace did not have is null."""
+    names = VIEW_DEAD_LETTERS.names
+    rows = pl.DataFrame(pl.from_arrow(read_file(file, names, optional=("fingerprint",))))
+    if "fingerprint" not in rows.columns:
+        rows = rows.with_columns(pl.lit(None, pl.String).alias("fingerprint"))
+    return rows.select(names)
+
+
+def of_version(view: FeatureView) -> pl.Expr:
+    """Whether a dead letter of a view is of this version: its own, or of all versions."""
+    return pl.col("fingerprint").is_null() | (pl.col("fingerprint") == view.fingerprint)
+
+
 def features_record(view: FeatureView, store: str) -> CommitRecord | None:
     """The record of the newest commit of the live feature table; None if there is none."""
-    return _record(open_table(features_live_uri(store, view.name, view.fingerprint)), view.name)
+    return _record(features_table(view, store), view.name)
 
 
 def _record(table: DeltaTable | None, name: str) -> CommitRecord | None:
@@ -307,23 +326,29 @@ class CommitStatus:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Writers:
-    """The writers of a features job: of dead letters, of accepted rows by source, and of feature rows."""
-
-    dead_letters: TableWriter
-    sources: Mapping[str, TableWriter]
-    features: TableWriter
-
-    def __iter__(self) -> Iterator[TableWriter]:
-        yield self.dead_letters
-        yield from self.sources.values()
-        yield self.features
-
-
-def writers_of(view: FeatureView, store: str, run_id: str, epoch: Epoch) -> Writers:
-    """The writers of a launch of the job of `view`.
+    """The writers of a features job.
 
     Args:
-        view: the view.
+        dead_letters: by name of a view.
+        sources: by source, of its accepted rows.
+        features: of feature rows, in the order of the views.
+    """
+
+    dead_letters: Mapping[str, TableWriter]
+    sources: Mapping[str, TableWriter]
+    features: tuple[TableWriter, ...]
+
+    def __iter__(self) -> Iterator[TableWriter]:
+        yield from self.dead_letters.values()
+        yield from self.sources.values()
+        yield from self.features
+
+
+def writers_of(views: Sequence[FeatureView], store: str, run_id: str, epoch: Epoch) -> Writers:
+    """The writers of a launch of a job.
+
+    Args:
+        views: its views.
         store: the folder of the tables.
         run_id: prefix of file names.
         epoch: of the launch.
@@ -332,11 +357,19 @@ def writers_of(view: FeatureView, store: str, run_id: str, epoch: Epoch) -> Writ
     def writer(uri: str, schema: pa.Schema, app: str) -> TableWriter:
         return TableWriter(uri, schema, application_of(app), run_id, epoch)
 
-    root, answers = sources_root(store), features_live_uri(store, view.name, view.fingerprint)
+    def features(view: FeatureView) -> TableWriter:
+        return writer(features_live_uri(store, view.name, view.fingerprint), live_schema(view), view.name)
+
+    names, root = dict.fromkeys(view.name for view in views), sources_root(store)
     return Writers(
-        writer(live_dead_letters_uri(store, view.name), LIVE_DEAD_LETTERS, f"{view.name}/letters"),
-        {name: writer(source_uri(root, name), accepted(view, name), name) for name in live_sources(view)},
-        writer(answers, live_schema(view), view.name),
+        {name: writer(live_dead_letters_uri(store, name), VIEW_DEAD_LETTERS, f"{name}/letters") for name in names},
+        {
+            name: writer(
+                source_uri(root, name), accepted_rows(source, any(repeats_by(view, name) for view in views)), name
+            )
+            for name, source in joined_sources(views).items()
+        },
+        tuple(features(view) for view in views),
     )
 
 
@@ -344,28 +377,31 @@ class PendingTurns:
     """Turns in order, with their feature rows, until they are committed.
 
     Args:
-        view: the view.
+        views: the views of the job.
         store: the folder of the tables.
         run_id: prefix of file names.
-        table: whether feature rows are written to the table.
+        table: whether feature rows are written to the tables.
         epoch: of the launch.
     """
 
-    def __init__(self, view: FeatureView, store: str, run_id: str, table: bool = True, epoch: Epoch = NO_EPOCH) -> None:
-        self.view, self.table, self.writers = view, table, writers_of(view, store, run_id, epoch)
+    def __init__(
+        self, views: Sequence[FeatureView], store: str, run_id: str, table: bool = True, epoch: Epoch = NO_EPOCH
+    ) -> None:
+        self.views, self.table, self.writers = tuple(views), table, writers_of(views, store, run_id, epoch)
+        self.sources = joined_sources(self.views)
         self.entries: dict[int, TurnEntry] = {}
-        self.features: dict[int, TurnFeatures] = {}
+        self.features: dict[tuple[int, int], TurnFeatures] = {}
         self.committed = 0
-        self._ids = UnknownIds()
+        self._ids = [UnknownIds() for _ in self.views]
         self.rows = {"events": 0, "answered": 0, "letters": 0}
-        self.shards = StoreSize()  # of the shards at the last turn
+        self._shards = [StoreSize() for _ in self.views]  # of the shards at the last turn
 
     def take(self, part: TurnEntry | TurnFeatures | None) -> None:
         """Adds a part of a turn, unless the turn is committed already; None is ignored."""
         if part is None or part.turn <= self.committed:
             return
         if isinstance(part, TurnFeatures):
-            self.features[part.turn] = part
+            self.features[part.turn, part.view] = part
         else:
             self.entries[part.turn] = part
 
@@ -378,7 +414,9 @@ class PendingTurns:
         """The next turns whose feature rows are complete: they can be committed."""
         result = []
         number = max(self.committed + 1, max((each.began for each in self.entries.values()), default=0))
-        while number in self.entries and (not self.entries[number].spine_rows or number in self.features):
+        while number in self.entries and all(
+            (number, view) in self.features for view in self.entries[number].spine_rows
+        ):
             result.append(number)
             number += 1
         return result
@@ -386,40 +424,66 @@ class PendingTurns:
     def commit(self, turns: Sequence[int]) -> CommitStatus:
         """Commits `turns` and drops them."""
         entries = [self.entries[number] for number in turns]
-        features = [self.features[number] for number in turns if number in self.features]
-        if features:
-            self.shards = features[-1].state
         record = entries[-1].record
-        dead_letters = [
-            each.dead_letters for part in zip(entries, map(self.features.get, turns)) for each in part if each
+        features = [
+            [self.features[number, view] for number in turns if (number, view) in self.features]
+            for view in range(len(self.views))
         ]
-        if any(map(len, dead_letters)):
-            self.rows["letters"] += self._dead_letters(pl.concat(dead_letters), record)
-        for name in live_sources(self.view):
+        for name, writer in self.writers.dead_letters.items():
+            self.rows["letters"] += self._dead_letters(name, writer, entries, features, record)
+        for name in self.sources:
             if accepted := [each.accepted[name] for each in entries if name in each.accepted]:
                 self.rows["events"] += self._source(name, pl.concat(accepted), record)
-        if features and self.table:
-            writer = self.writers.features
-            rows = pl.concat([each.rows for each in features])
-            self.rows["answered"] += writer.append(rows, record.turn, record.to_json(), self._ids)
+        for view, some in enumerate(features):
+            if some:
+                self._shards[view] = some[-1].state
+            if some and self.table:
+                rows = pl.concat([each.rows for each in some])
+                writer = self.writers.features[view]
+                self.rows["answered"] += writer.append(rows, record.turn, record.to_json(), self._ids[view])
         for number in turns:
             del self.entries[number]
-            self.features.pop(number, None)
+            for view in range(len(self.views)):
+                self.features.pop((number, view), None)
         self.committed = turns[-1]
-        return CommitStatus(record, entries[-1].state, self.shards, dict(self.rows))
+        return CommitStatus(record, entries[-1].state, sum(self._shards, StoreSize()), dict(self.rows))
 
-    def _dead_letters(self, frame: pl.DataFrame, record: CommitRecord) -> int:
+    def _dead_letters(
+        self,
+        name: str,
+        writer: TableWriter,
+        entries: Sequence[TurnEntry],
+        features: Sequence[Sequence[TurnFeatures]],
+        record: CommitRecord,
+    ) -> int:
+        """Commits the dead letters of the versions of a view: unreadable ones once, and their own ones of each."""
+        versions = {number: view for number, view in enumerate(self.views) if view.name == name}
+        sources = {source for view in versions.values() for source in live_sources(view)}
+        parts = [
+            each.unreadable.filter(pl.col("source").is_in(list(sources))).with_columns(_fingerprint(None))
+            for each in entries
+            if len(each.unreadable)
+        ]
+        for number, view in versions.items():
+            own = [each.dead_letters[number] for each in entries if number in each.dead_letters]
+            own += [each.dead_letters for each in features[number]]
+            parts += [each.with_columns(_fingerprint(view)) for each in own if len(each)]
+        if not any(map(len, parts)):
+            return 0
         arrived = _time("arrived")
-        frame = frame.with_columns(pl.lit(self.view.name).alias("view"), arrived, arrived.dt.date().alias("date"))
-        writer = self.writers.dead_letters
+        frame = pl.concat(parts).with_columns(pl.lit(name).alias("view"), arrived, arrived.dt.date().alias("date"))
         return writer.append(frame, record.turn, record.to_json(), NewDeadLetters(writer.app))
 
     def _source(self, name: str, frame: pl.DataFrame, record: CommitRecord) -> int:
-        source = live_sources(self.view)[name]
-        frame = frame.with_columns(_time("__arrived"), pl.col(str(source.time)).dt.date().alias("date"))
+        time = str(self.sources[name].time)
+        frame = frame.with_columns(_time("__arrived"), pl.col(time).dt.date().alias("date"))
         writer = self.writers.sources[name]
         fresh = BeyondOffsets(writer.app, name, ("", "__partition", "__offset"))
         return writer.append(frame, record.turn, record.to_json(), fresh)
+
+
+def _fingerprint(view: FeatureView | None) -> pl.Expr:
+    return pl.lit(None if view is None else view.fingerprint, pl.String).alias("fingerprint")
 
 
 def _time(name: str) -> pl.Expr:

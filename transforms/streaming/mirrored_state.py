@@ -138,6 +138,21 @@ def replace_bag(bag: BagState, values: Iterable[bytes]) -> None:
         bag.add(value)
 
 
+def shard_key(view: int, shard: int) -> bytes:
+    """The key of a view's shard."""
+    return f"{view}:{shard}".encode()
+
+
+def shard_of_key(key: bytes) -> tuple[int, int]:
+    """The numbers of the view and of its shard.
+
+    >>> shard_of_key(shard_key(1, 7))
+    (1, 7)
+    """
+    view, shard = key.split(b":")
+    return int(view), int(shard)
+
+
 def assembler(turn: int) -> bytes:
     """The key of the assembly of a turn: a few turns are assembled in parallel."""
     return str(turn % 4).encode()

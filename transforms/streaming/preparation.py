@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import uuid
 from collections.abc import Mapping
 
 from schemas.errors import MismatchError, StoreError
-from schemas.live import live_sources
+from schemas.live import joined_sources, newest_versions
 from schemas.views import FeatureView
 from transforms.records.frame_packets import Head
 from transforms.records.times import FOREVER, day_of
 from transforms.storage.delta_tables import data_files, open_table
 from transforms.storage.paths import features_live_uri, source_uri, sources_root
 from transforms.streaming.beginnings import HISTORY_PARTITION, of_topic
-from transforms.streaming.epochs import take_epoch
+from transforms.streaming.epochs import record_memory, take_epoch
 from transforms.streaming.history import Handover
-from transforms.streaming.journal import REJECTED
 from transforms.streaming.kafka import Broker, begin_offsets, dead_letters_topic, ensure_topics, topic_of
 from transforms.streaming.kafka_admin import OVERHEAD, check_reachable, size_limit, unread_offsets
 from transforms.streaming.live_features import Sends
 from transforms.streaming.live_settings import LiveSettings
-from transforms.streaming.live_tables import features_record, source_record
-from transforms.streaming.progress import NO_EPOCH, CommitRecord, Epoch, RecoveryPoint
+from transforms.streaming.live_tables import features_record, features_table, source_record
+from transforms.streaming.progress import NO_EPOCH, CommitRecord, Epoch, RecoveryPoint, ViewRecord
 from transforms.streaming.recovery import find_recovery_point
 from transforms.streaming.replay import Replay, stream_digests
-from transforms.streaming.store_owner import claim
+from transforms.streaming.store_owner import RecordedDefinition, claim
+from transforms.streaming.view_journal import REJECTED
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,25 +35,34 @@ class LiveFeaturesJob:
     """What a live features job is to do.
 
     Args:
-        view: the view whose features are computed.
+        views: the views whose features are computed, the newest definition first.
         settings: the settings of the live engine.
         replay: how files are replayed; None: messages come from Kafka.
         broker: None if none is named.
         sinks: "table", "topic" or both.
         handover: the history from before the job's start.
+        drop: names of views that earlier jobs served and this one does not.
+        definitions: of the views, by `version_name`.
     """
 
-    view: FeatureView
+    views: tuple[FeatureView, ...]
     settings: LiveSettings
     replay: Replay | None
     broker: Broker | None
     sinks: tuple[str, ...]
     handover: Handover
+    drop: tuple[str, ...] = ()
+    definitions: Mapping[str, RecordedDefinition] = dataclasses.field(default_factory=dict)
+
+    @property
+    def view(self) -> FeatureView:
+        """The first view."""
+        return self.views[0]
 
     @property
     def topics(self) -> dict[str, str]:
         """The topic of each source."""
-        return {name: f"{self.settings.prefix}{name}" for name in live_sources(self.view)}
+        return {name: f"{self.settings.prefix}{name}" for name in joined_sources(self.views)}
 
     @property
     def stream(self) -> dict[str, object]:
@@ -64,10 +74,9 @@ class LiveFeaturesJob:
         days = {name: None if abs(values[name]) >= FOREVER else str(day_of(values[name])) for name in ("start", "end")}
         return {"--source": "replay", **{f"--{name}": each for name, each in {**values, **days}.items()}}
 
-    @property
-    def table(self) -> str:
-        """Address of the live feature table."""
-        return features_live_uri(self.settings.store, self.view.name, self.view.fingerprint)
+    def table(self, view: FeatureView) -> str:
+        """Address of the live feature table of a view."""
+        return features_live_uri(self.settings.store, view.name, view.fingerprint)
 
     def required_broker(self) -> Broker:
         """The broker of a job that reads or writes topics."""
@@ -75,15 +84,17 @@ class LiveFeaturesJob:
         return self.broker
 
     def check_and_claim(self) -> None:
-        """Checks that the job can start, and records in the store that it belongs to this view and stream.
+        """Checks that the job can start, and records in the store that it belongs to these views and this stream.
 
         Raises:
             DefinitionError: a source has no history, and the job does not start without.
-            StoreError: the store belongs to another view or stream, or a replay's files have changed since.
+            StoreError: the store serves another view, or has read another stream, or a replay's files have changed
+                since.
         """
         self.handover.check()
-        rows = None if self.replay is None else stream_digests(self.view, self.replay)
-        claim(self.view, self.settings.store, self.stream, rows)
+        replay = self.replay
+        rows = None if replay is None else functools.partial(stream_digests, self.views, replay)
+        claim(self.views, self.settings.store, self.stream, self.drop, self.definitions, rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,17 +157,19 @@ def prepare_live_features(job: LiveFeaturesJob) -> LiveFeaturesPlan:
         DefinitionError: a source has no history, and the job does not start without.
         StoreError: the broker cannot be reached, or a topic is missing.
     """
-    store, view = job.settings.store, job.view
+    store, views = job.settings.store, job.views
     if job.replay is not None:
         nothing: dict[str, dict[int, int]] = {name: {} for name in job.topics}
-        beginnings, epoch = job.handover.beginnings(), take_epoch(view, store, job.settings.run_id)
-        start = find_recovery_point(view, store, nothing, beginnings)
+        beginnings, epoch = job.handover.beginnings(), take_epoch(views, store, job.settings.run_id)
+        record_memory(views, store, job.settings.run_id, epoch, job.settings.keep)
+        start = find_recovery_point(views, store, nothing, beginnings)
         return LiveFeaturesPlan(job, start, sends=output_topics(job), epoch=epoch)
     available = begin_offsets(job.required_broker(), list(job.topics.values()))
     first = {name: available[topic] for name, topic in job.topics.items()}
-    beginnings, epoch = job.handover.beginnings(), take_epoch(view, store, job.settings.run_id)
-    start = find_recovery_point(view, store, first, beginnings)
-    group = f"millrace-{view.name}-{job.settings.run_id}-{uuid.uuid4().hex[:8]}"
+    beginnings, epoch = job.handover.beginnings(), take_epoch(views, store, job.settings.run_id)
+    record_memory(views, store, job.settings.run_id, epoch, job.settings.keep)
+    start = find_recovery_point(views, store, first, beginnings)
+    group = f"millrace-{store_name(store)}-{job.settings.run_id}-{uuid.uuid4().hex[:8]}"
     return LiveFeaturesPlan(job, start, group, available, output_topics(job), epoch)
 
 
@@ -169,57 +182,101 @@ def output_topics(job: LiveFeaturesJob) -> Sends | None:
     if "topic" not in job.sinks:
         return None
     broker, prefix = job.required_broker(), job.settings.prefix
-    topics = topic_of(job.view, prefix), dead_letters_topic(job.view, prefix)
-    ensure_topics(broker, topics)
-    limits = [size_limit(broker, [topic]) for topic in topics]
+    newest = newest_versions(job.views)
+    features = [topic_of(view, prefix) for view in newest]
+    dead_letters = [dead_letters_topic(view, prefix) for view in newest]
+    ensure_topics(broker, [*features, *dead_letters])
+    limits = [min(size_limit(broker, [topic]) for topic in features), size_limit(broker, dead_letters)]
     properties = {**broker.properties, "message.max.bytes": str(max(limits))}
     sender = dataclasses.replace(broker, properties=properties)
-    return Sends(job.view, sender, prefix, max(limits[0] - OVERHEAD, 1))
+    return Sends(job.views, sender, prefix, max(limits[0] - OVERHEAD, 1))
+
+
+def store_name(store: str) -> str:
+    """The name of a store, by which its job is known to a broker: the last part of its address."""
+    return store.rstrip("/").rsplit("/", 1)[-1] or "store"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LiveFeaturesFigures:
-    """The figures of a job, from its last commit, its tables and its topics.
+class ViewFigures:
+    """The figures of one view of a job.
 
     Args:
-        job: the job.
-        record: record of the last commit; None if there was none.
-        counts: counts of rows by source and by what became of them.
-        rows_out: number of rows of the live feature table.
+        view: the view.
+        record: what the last commit recorded of it.
+        accepted: number of spine rows that were accepted from the topic.
+        rows_out: rows of its live feature table.
         commit_version: version of that table; None if there is none.
         recounted: of a store from which rows were erased, what `unaccounted` is by its tables.
     """
 
-    job: LiveFeaturesJob
-    record: CommitRecord | None
-    counts: Mapping[str, Mapping[str, int]]
+    view: FeatureView
+    record: ViewRecord
+    accepted: int
     rows_out: int
     commit_version: int | None
     recounted: int | None = None
 
     @property
     def unaccounted(self) -> int:
-        """Number of accepted spine rows that have no feature row, are not rejected and are not pending."""
+        """Accepted spine rows that have no feature row, are not rejected and are not pending."""
         if self.recounted is not None:
             return self.recounted
-        counts = self.counts[self.job.view.spine.name]
+        counts = self.record.counts.get(self.view.spine.name, {})
         rejected = sum(counts.get(reason, 0) for reason in (REJECTED, "repeated", "conflicting", "too_late"))
-        return counts["rows"] - self.rows_out - rejected - (0 if self.record is None else self.record.pending)
+        return self.accepted - self.rows_out - rejected - self.record.pending
+
+    def to_json(self) -> Head:
+        """For `run.json`."""
+        return {
+            "view": self.view.name,
+            "fingerprint": self.view.fingerprint,
+            "rows_out": self.rows_out,
+            "pending": self.record.pending,
+            "counts": {name: dict(each) for name, each in self.record.counts.items()},
+            "commit_version": self.commit_version,
+            "questions_unaccounted_for": self.unaccounted,
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LiveFeaturesFigures:
+    """The figures of a job: of its last commit, its tables and its topics.
+
+    Args:
+        job: the job.
+        record: the record of the last commit; None if there was none.
+        counts: counts of rows by source and by what became of them.
+        views: of its views.
+    """
+
+    job: LiveFeaturesJob
+    record: CommitRecord | None
+    counts: Mapping[str, Mapping[str, int]]
+    views: tuple[ViewFigures, ...]
+
+    @property
+    def unaccounted(self) -> int:
+        """As of each view, of all of them."""
+        return sum(each.unaccounted for each in self.views)
 
     def to_json(self) -> dict[str, object]:
-        """For `run.json`."""
+        """For `run.json`.  The table is the first view's; the figures of several views stand under `views` too."""
+        first = self.views[0]
         figures: dict[str, object] = {
             "sources_root": self.job.settings.dimensions,
             "rows_in": sum(each["rows"] for each in self.counts.values()),
-            "rows_out": self.rows_out,
+            "rows_out": sum(each.rows_out for each in self.views),
             "pending": None if self.record is None else self.record.pending,
             "turns": None if self.record is None else self.record.turn,
             "sources": self.counts,
             "counts": self.counts,
-            "table": self.job.table,
-            "fingerprint": self.job.view.fingerprint,
-            "commit_version": self.commit_version,
+            "table": self.job.table(first.view),
+            "fingerprint": first.view.fingerprint,
+            "commit_version": first.commit_version,
         }
+        if len(self.views) > 1:
+            figures["views"] = [each.to_json() for each in self.views]
         if self.job.settings.table:
             figures["questions_unaccounted_for"] = self.unaccounted
         return figures
@@ -230,14 +287,15 @@ class LiveFeaturesFigures:
             ended: whether the job has read its sources to their end.
 
         Raises:
-            MismatchError: the job has, and spine rows are unaccounted for.
+            MismatchError: it has, and spine rows are unaccounted for.
         """
-        if ended and self.job.settings.table and self.unaccounted:
-            raise MismatchError(
-                "Every spine row that a live job accepts must have a feature row, be rejected or be pending",
-                f"{self.unaccounted} of {self.job.table} are none of these",
-                "Please report it, with run.json",
-            )
+        for each in self.views:
+            if ended and self.job.settings.table and each.unaccounted:
+                raise MismatchError(
+                    "Every spine row that a live job accepts must have a feature row, be rejected or be pending",
+                    f"{each.unaccounted} of {self.job.table(each.view)} are none of these",
+                    "Please report it, with run.json",
+                )
 
 
 def live_features_figures(job: LiveFeaturesJob, status: Head) -> LiveFeaturesFigures:
@@ -247,12 +305,12 @@ def live_features_figures(job: LiveFeaturesJob, status: Head) -> LiveFeaturesFig
         job: the job.
         status: status of the last commit; empty if there was none in this run: then the tables have the record.
     """
-    store, features = job.settings.store, open_table(job.table)
+    store = job.settings.store
     records = {name: source_record(store, name) for name in job.topics}
     if status:
         record: CommitRecord | None = CommitRecord.of_json(status)
     else:
-        committed = [features_record(job.view, store), *records.values()]
+        committed = [*(features_record(view, store) for view in job.views), *records.values()]
         record = max((each for each in committed if each is not None), key=lambda each: each.turn, default=None)
     counts: dict[str, dict[str, int]] = {}
     for name, own in records.items():
@@ -264,8 +322,15 @@ def live_features_figures(job: LiveFeaturesJob, status: Head) -> LiveFeaturesFig
     if job.replay is None:
         for name, messages in unread_messages(job, record).items():
             counts[name]["unread"] = messages
-    rows_out = 0 if features is None else sum(file.rows for file in data_files(features))
-    return LiveFeaturesFigures(job, record, counts, rows_out, None if features is None else features.version())
+    views = tuple(_view_figures(view, store, record, counts[view.spine.name]["rows"]) for view in job.views)
+    return LiveFeaturesFigures(job, record, counts, views)
+
+
+def _view_figures(view: FeatureView, store: str, record: CommitRecord | None, accepted: int) -> ViewFigures:
+    table = features_table(view, store)
+    rows_out = 0 if table is None else sum(file.rows for file in data_files(table))
+    known = ViewRecord() if record is None else record.of_view(view)
+    return ViewFigures(view, known, accepted, rows_out, None if table is None else table.version())
 
 
 def unread_messages(job: LiveFeaturesJob, record: CommitRecord | None) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from schemas.views import FeatureView
 from transforms.records.frame_packets import Head
 from transforms.records.times import ALWAYS
 from transforms.streaming.beginnings import Beginnings
@@ -19,8 +20,6 @@ from transforms.streaming.fates import RepeatMemory
 Offsets = Mapping[str, Mapping[int, int]]
 # Number of rows and messages by source and by what became of them.
 CountsBySource = Mapping[str, Mapping[str, int]]
-# The key of the live feature table among a recovery point's versions; no source has this name.
-_FEATURES = "?answers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +49,34 @@ class Epoch:
 NO_EPOCH = Epoch()
 
 
+def version_name(view: FeatureView) -> str:
+    """The name of a version of a view in records: `view@fingerprint`."""
+    return f"{view.name}@{view.fingerprint}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewRecord:
+    """What a commit records of one view.
+
+    Args:
+        pending: number of pending spine rows.
+        oldest_pending: time of the oldest of them, µs; None if none is pending.
+        counts: number of rows by source and by what became of them for this view.
+    """
+
+    pending: int = 0
+    oldest_pending: int | None = None
+    counts: CountsBySource = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> Head:
+        counts = {name: dict(each) for name, each in self.counts.items()}
+        return {"pending": self.pending, "oldest_pending": self.oldest_pending, "counts": counts}
+
+    @classmethod
+    def of_json(cls, value: Head) -> ViewRecord:
+        return cls(value["pending"], value["oldest_pending"], value["counts"])
+
+
 @dataclasses.dataclass(frozen=True)
 class CommitRecord:
     """The state of the job after its last turn, as recorded in a commit.
@@ -66,6 +93,7 @@ class CommitRecord:
         beginnings: the times from which the store has the rows of each source.
         memory: for how long repeats are recognised, by source with `unique`.
         epoch: epoch of the launch.
+        views: what is recorded of each view, by `version_name`; empty in the records of earlier versions.
     """
 
     turn: int = 0
@@ -79,6 +107,13 @@ class CommitRecord:
     beginnings: Beginnings = dataclasses.field(default_factory=Beginnings)
     memory: Mapping[str, RepeatMemory] = dataclasses.field(default_factory=dict)
     epoch: Epoch = NO_EPOCH
+    views: Mapping[str, ViewRecord] = dataclasses.field(default_factory=dict)
+
+    def of_view(self, view: FeatureView) -> ViewRecord:
+        """What is recorded of a view; an earlier version recorded it of its only one."""
+        if self.views:
+            return self.views.get(version_name(view), ViewRecord())
+        return ViewRecord(self.pending, self.oldest_pending, self.counts)
 
     def next_of(self, source: str) -> Mapping[int, int]:
         """Next offset by partition of one source."""
@@ -103,6 +138,7 @@ class CommitRecord:
             "counts": {name: dict(each) for name, each in self.counts.items()},
             "started": self.beginnings.starts,
             "beginnings": self.beginnings.to_json(),
+            **({"views": {name: each.to_json() for name, each in self.views.items()}} if self.views else {}),
             **memory_to_json(self.memory),
             **self.epoch.to_json(),
         }
@@ -122,6 +158,7 @@ class CommitRecord:
             beginnings=Beginnings.of_json(value.get("beginnings")),
             memory=memory_of_json(value.get("memory", {})),
             epoch=Epoch.of_record(value),
+            views={name: ViewRecord.of_json(each) for name, each in value.get("views", {}).items()},
         )
 
 
@@ -136,8 +173,9 @@ class RecoveryPoint:
         counts: counts by source, as its table recorded them.
         versions: versions of the tables of sources, by source.
         beginnings: the times from which the store has the rows of each source.
-        features_version: version of the live feature table; None if there is none.
+        features: versions of the live feature tables, by `version_name` of their views.
         memory: for how long repeats are recognised, by source, as its table recorded it.
+        views: counts by source of each view, as the source's table recorded them, by `version_name`.
     """
 
     turn: int
@@ -146,34 +184,35 @@ class RecoveryPoint:
     counts: CountsBySource
     versions: Mapping[str, int]
     beginnings: Beginnings = dataclasses.field(default_factory=Beginnings)
-    features_version: int | None = None
+    features: Mapping[str, int] = dataclasses.field(default_factory=dict)
     memory: Mapping[str, RepeatMemory] = dataclasses.field(default_factory=dict)
+    views: Mapping[str, CountsBySource] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> Head:
-        features = {} if self.features_version is None else {_FEATURES: self.features_version}
         return {
             "turn": self.turn,
             "next": offsets_to_json(self.next),
             "completeness": completeness_to_json(self.completeness),
             "counts": {name: dict(each) for name, each in self.counts.items()},
-            "versions": {**self.versions, **features},
+            "versions": dict(self.versions),
+            "features": dict(self.features),
+            "views": {name: {source: dict(each) for source, each in of.items()} for name, of in self.views.items()},
             "beginnings": self.beginnings.to_json(),
             **memory_to_json(self.memory),
         }
 
     @classmethod
     def of_json(cls, value: Head) -> RecoveryPoint:
-        versions = dict(value["versions"])
-        features_version = versions.pop(_FEATURES, None)
         return cls(
             value["turn"],
             offsets_of_json(value["next"]),
             completeness_of_json(value["completeness"]),
             value["counts"],
-            versions,
+            value["versions"],
             Beginnings.of_json(value.get("beginnings")),
-            features_version,
+            value.get("features", {}),
             memory_of_json(value.get("memory", {})),
+            value.get("views", {}),
         )
 
 

@@ -13,7 +13,7 @@ from transforms.features.packed_events import Keys
 from transforms.records.columns import moments_of
 from transforms.records.row_hashing import key_hashes
 from transforms.records.times import ALWAYS, FOREVER
-from transforms.streaming.fates import comparison_span, known_columns, known_order
+from transforms.streaming.fates import WindowReach, known_columns, known_order
 from transforms.streaming.row_origin import ORIGIN_COLUMNS, RID
 from transforms.streaming.time_buckets import MINUTE, SLOTS, TimeBuckets
 
@@ -49,14 +49,15 @@ class RepeatFinder:
         view: the view.
         name: name of the source.
         memory: for how long (µs) repeats are recognised.
+        reach: how far the windows of all views of the job reach back over the source.
     """
 
-    def __init__(self, view: FeatureView, name: str, memory: int) -> None:
-        self.view, self.name, self.memory = view, name, memory
+    def __init__(self, view: FeatureView, name: str, memory: int, reach: WindowReach) -> None:
+        self.view, self.name, self.memory, self.reach = view, name, memory, reach
         self.unique = list(repeats_by(view, name))
         self.order = known_order(view, name)
-        reach = max([0, *(view.reach(each) for each in view.events)])
-        self.store = TimeBuckets(self.order.time, max(2 * reach // (SLOTS - 2), MINUTE))
+        longest = max([0, *(view.reach(each) for each in view.events)])
+        self.store = TimeBuckets(self.order.time, max(2 * longest // (SLOTS - 2), MINUTE))
 
     def restore(self, rows: pl.DataFrame, counts: pl.Series) -> None:
         """Adds accepted events, and whether they count."""
@@ -73,7 +74,7 @@ class RepeatFinder:
         """
         whole, uncompared = rows, _NONE_UNCOMPARED
         if horizon > ALWAYS:
-            bound = horizon - comparison_span(self.view, self.name, self.memory)
+            bound = horizon - self.reach.comparison_span(self.memory)
             old = moments_of(rows, self.order.time) < bound
             if old.any():
                 uncompared, rows = rows[RID].filter(pl.Series(old)), rows.filter(pl.Series(~old))

@@ -14,7 +14,7 @@ import apache_beam as beam
 import numpy as np
 import polars as pl
 
-from schemas.live import live_sources
+from schemas.live import joined_sources
 from schemas.sources import Source
 from schemas.views import FeatureView
 from transforms.records.arrays import Ints
@@ -22,11 +22,11 @@ from transforms.records.row_hashing import combine_hashes, hash_column, hash_col
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import Contract
 from transforms.sources.conversions import without_problems
-from transforms.sources.inventory import spine_contract, survey_files
+from transforms.sources.inventory import survey_files
 from transforms.sources.listing import require_unchanged
 from transforms.sources.reader import read_raw
 from transforms.streaming.messages import Message, heartbeat, to_arrow, to_json
-from transforms.streaming.view_contracts import contracts_of
+from transforms.streaming.view_contracts import twice_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,43 +55,38 @@ class Replay:
     format: str = "arrow"
 
 
-def chunks(view: FeatureView, replay: Replay) -> Iterator[list[Message]]:
+def chunks(views: Sequence[FeatureView], replay: Replay) -> Iterator[list[Message]]:
     """The messages, chunk by chunk; the last chunk has the heartbeats that end each partition."""
-    yield from chunks_of(view, _read(view, replay), replay)
+    yield from chunks_of(views, _read(views, replay), replay)
 
 
-def stream_digests(view: FeatureView, replay: Replay) -> dict[str, str]:
-    """By source, a digest of what the messages of a replay hold: which row comes at which offset.
-
-    Of the rows, it has the columns that are checked and the time: whether another row changes, no feature shows.
-    """
-    contracts = contracts_of(view)
-    return {
-        topic.name: topic.digest(contracts[topic.name].columns) for topic in _topics(view, _read(view, replay), replay)
-    }
+def stream_digests(views: Sequence[FeatureView], replay: Replay) -> dict[str, dict[str, str]]:
+    """By source and column, a digest of what the messages of a replay hold: which value comes at which offset."""
+    topics = _topics(views, _read(views, replay), replay)
+    return {topic.name: {column: topic.digest([column]) for column in topic.frame.columns} for topic in topics}
 
 
-def _read(view: FeatureView, replay: Replay) -> dict[str, pl.DataFrame]:
+def _read(views: Sequence[FeatureView], replay: Replay) -> dict[str, pl.DataFrame]:
     """The rows of each source."""
     found = {
-        name: survey_files(
-            replay.root, spine_contract(view) if source is view.spine else Contract(source, tuple(source.schema))
-        )
-        for name, source in live_sources(view).items()
+        name: survey_files(replay.root, Contract(source, tuple(source.schema), twice=twice_in(views, name)))
+        for name, source in joined_sources(views).items()
     }
     # A row that cannot be read from its file cannot be sent either.
     frames = {name: without_problems(read_raw(each.contract, each.slices)) for name, each in found.items()}
     return require_unchanged(frames, [listing for each in found.values() for listing in each.listings])
 
 
-def _topics(view: FeatureView, frames: Mapping[str, pl.DataFrame], replay: Replay) -> list[_Topic]:
-    random = np.random.default_rng(replay.seed)
-    return [_Topic.of(live_sources(view)[name], frame, replay, random) for name, frame in frames.items()]
+def _topics(views: Sequence[FeatureView], frames: Mapping[str, pl.DataFrame], replay: Replay) -> list[_Topic]:
+    random, sources = np.random.default_rng(replay.seed), joined_sources(views)
+    return [_Topic.of(sources[name], frame, replay, random) for name, frame in frames.items()]
 
 
-def chunks_of(view: FeatureView, frames: Mapping[str, pl.DataFrame], replay: Replay) -> Iterator[list[Message]]:
+def chunks_of(
+    views: Sequence[FeatureView], frames: Mapping[str, pl.DataFrame], replay: Replay
+) -> Iterator[list[Message]]:
     """As `chunks`, from rows in memory."""
-    topics = _topics(view, frames, replay)
+    topics = _topics(views, frames, replay)
     numbers = np.unique(np.concatenate([topic.arrived // replay.chunk for topic in topics]))
     for number in numbers.tolist():
         start = number * replay.chunk
@@ -178,8 +173,8 @@ def _known(source: Source, frame: pl.DataFrame) -> Ints:
 class SendChunks(beam.DoFn):
     """Impulse → (number, messages) per chunk."""
 
-    def __init__(self, view: FeatureView, replay: Replay) -> None:
-        self.view, self.replay = view, replay
+    def __init__(self, views: Sequence[FeatureView], replay: Replay) -> None:
+        self.views, self.replay = tuple(views), replay
 
     def process(self, _: bytes) -> Iterator[tuple[int, list[Message]]]:
-        yield from enumerate(chunks(self.view, self.replay))
+        yield from enumerate(chunks(self.views, self.replay))

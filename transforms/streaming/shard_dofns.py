@@ -36,6 +36,7 @@ from transforms.streaming.mirrored_state import (
     read_head,
     replace_bag,
     save_slots,
+    shard_of_key,
     with_slots,
     write_head,
 )
@@ -71,8 +72,8 @@ class ShardState:
 class ShardDoFn(beam.DoFn):
     """(shard, its input) → (assembler, features).  Inputs are applied in the order of their numbers."""
 
-    def __init__(self, view: FeatureView, live: LiveSettings) -> None:
-        self.view, self.live = view, live
+    def __init__(self, views: Sequence[FeatureView], live: LiveSettings) -> None:
+        self.views, self.live = tuple(views), live
         self.rows = Metrics.distribution("millrace.live", "shard_rows")
 
     def setup(self) -> None:
@@ -90,7 +91,8 @@ class ShardDoFn(beam.DoFn):
         state = read_head(head)
 
         def build() -> ShardState:
-            shard = Shard(self.view, int(key), self.live.shards)
+            view, number = shard_of_key(key)
+            shard = Shard(self.views[view], number, self.live.shards)
             inputs = map(ShardInput.of_envelope, bag.read())
             return ShardState(shard, load_slots(shard.stores, slots), {each.number: each for each in inputs})
 
@@ -135,46 +137,17 @@ class TurnParts:
         return [*spine_rows, *(each.to_envelope() for each in self.features)]
 
 
-class AssembleDoFn(beam.DoFn):
-    """A turn's spine rows and the features of its shards → its feature rows, once all have arrived."""
+class Assembly:
+    """Assembles the feature rows of one view.
+
+    Args:
+        view: the view.
+        live: the settings.
+    """
 
     def __init__(self, view: FeatureView, live: LiveSettings) -> None:
-        self.view, self.live = view, live
-        self.pending = Metrics.gauge("millrace.live", "turns_to_assemble")
-
-    def setup(self) -> None:
-        self.mirror = Mirror[dict[int, TurnParts]]()
-        self.groups = shard_groups(self.view)
-        kept = f"{self.live.store}/dimensions"
-        self.dimensions = Dimensions(self.view, self.live.dimensions, kept, self.live.dimension_every)
-
-    def process(
-        self, element: KeyedBytes, head: ValueState = StateParam(HEAD_SPEC), bag: BagState = StateParam(BAG_SPEC)
-    ) -> Iterator[pvalue.TaggedOutput]:
-        key, envelope = element
-        state = read_head(head)
-
-        def build() -> dict[int, TurnParts]:
-            turns: dict[int, TurnParts] = {}
-            for part in map(assembly_input_of, bag.read()):
-                turns.setdefault(part.turn, TurnParts()).add(part)
-            return turns
-
-        turns = self.mirror.get(key, state["version"], build)
-        part = assembly_input_of(envelope)
-        parts = turns.setdefault(part.turn, TurnParts())
-        parts.add(part)
-        if parts.spine_rows is not None and parts.complete:
-            features = self.compute_features(parts.spine_rows, parts.features)
-            yield pvalue.TaggedOutput("features", (SINGLE_KEY, features.to_envelope()))
-            del turns[part.turn]
-            replace_bag(bag, (each for some in turns.values() for each in some.envelopes()))
-        else:
-            bag.add(envelope)
-        state["version"] += 1
-        write_head(head, state)
-        self.mirror.put(key, state["version"], turns)
-        self.pending.set(len(turns))
+        self.view, self.groups = view, shard_groups(view)
+        self.dimensions = Dimensions(view, live.dimensions, f"{live.store}/dimensions", live.dimension_every)
 
     def compute_features(self, ready: ReadySpineRows, parts: Sequence[ShardFeatures]) -> TurnFeatures:
         """The feature rows of a turn from what its shards computed."""
@@ -196,7 +169,47 @@ class AssembleDoFn(beam.DoFn):
             ],
         )
         state = sum((each.state for each in parts), StoreSize())
-        return TurnFeatures(ready.turn, state, rows, self.dimensions.take_dead_letters())
+        return TurnFeatures(ready.turn, state, rows, self.dimensions.take_dead_letters(), ready.view)
+
+
+class AssembleDoFn(beam.DoFn):
+    """A turn's spine rows and the features of its shards → its feature rows, once all have arrived."""
+
+    def __init__(self, views: Sequence[FeatureView], live: LiveSettings) -> None:
+        self.views, self.live = tuple(views), live
+        self.pending = Metrics.gauge("millrace.live", "turns_to_assemble")
+
+    def setup(self) -> None:
+        self.mirror = Mirror[dict[tuple[int, int], TurnParts]]()
+        self.assemblies = [Assembly(view, self.live) for view in self.views]
+
+    def process(
+        self, element: KeyedBytes, head: ValueState = StateParam(HEAD_SPEC), bag: BagState = StateParam(BAG_SPEC)
+    ) -> Iterator[pvalue.TaggedOutput]:
+        key, envelope = element
+        state = read_head(head)
+
+        def build() -> dict[tuple[int, int], TurnParts]:
+            turns: dict[tuple[int, int], TurnParts] = {}
+            for part in map(assembly_input_of, bag.read()):
+                turns.setdefault((part.turn, part.view), TurnParts()).add(part)
+            return turns
+
+        turns = self.mirror.get(key, state["version"], build)
+        part = assembly_input_of(envelope)
+        parts = turns.setdefault((part.turn, part.view), TurnParts())
+        parts.add(part)
+        if parts.spine_rows is not None and parts.complete:
+            features = self.assemblies[part.view].compute_features(parts.spine_rows, parts.features)
+            yield pvalue.TaggedOutput("features", (SINGLE_KEY, features.to_envelope()))
+            del turns[part.turn, part.view]
+            replace_bag(bag, (each for some in turns.values() for each in some.envelopes()))
+        else:
+            bag.add(envelope)
+        state["version"] += 1
+        write_head(head, state)
+        self.mirror.put(key, state["version"], turns)
+        self.pending.set(len(turns))
 
 
 UNSET = unset_timer()
@@ -205,8 +218,8 @@ UNSET = unset_timer()
 class CommitDoFn(beam.DoFn):
     """Entries and feature rows of turns → commits of turns in order, one commit per interval.  There is one key."""
 
-    def __init__(self, view: FeatureView, live: LiveSettings) -> None:
-        self.view, self.live = view, live
+    def __init__(self, views: Sequence[FeatureView], live: LiveSettings) -> None:
+        self.views, self.live = tuple(views), live
         self.committed = Metrics.counter("millrace.live", "rows_committed")
 
     def setup(self) -> None:
@@ -225,7 +238,7 @@ class CommitDoFn(beam.DoFn):
 
         def build() -> PendingTurns:
             live = self.live
-            pending = PendingTurns(self.view, live.store, live.run_id, live.table, live.epoch)
+            pending = PendingTurns(self.views, live.store, live.run_id, live.table, live.epoch)
             pending.committed = state.get("committed", 0)
             pending.rows.update(state.get("rows", {}))
             for part in map(commit_input_of, bag.read()):

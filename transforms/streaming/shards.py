@@ -19,7 +19,8 @@ from transforms.records.arrays import Bools
 from transforms.records.columns import moments_of
 from transforms.records.row_hashing import key_hashes, keys_hashes
 from transforms.records.times import ALWAYS
-from transforms.streaming.groups import Group, held_back, shard_groups
+from transforms.streaming.fates import WindowReach
+from transforms.streaming.groups import Group, shard_groups
 from transforms.streaming.lifetime_store import LifetimeStore
 from transforms.streaming.routing import shard_of
 from transforms.streaming.row_origin import RID
@@ -42,7 +43,7 @@ class Shard:
         self.buckets = {
             name: TimeBuckets(
                 str(source.time),
-                max(held_back(view, name, 2 * view.reach(name)) // (SLOTS - 2), MINUTE),
+                max(WindowReach.of([view], name).held_back(2 * view.reach(name)) // (SLOTS - 2), MINUTE),
                 {group.source_columns for group in self.groups if group.source == name},
             )
             for name, source in view.events.items()
@@ -79,9 +80,9 @@ class Shard:
                 compacted.add(tables.compacted[i])
         if tables.spine_rows is not None:
             columns = self.compute_features(tables.spine_rows)
-            features = ShardFeatures(given.turn, self.number, size_of(self.stores.values()), columns)
+            features = ShardFeatures(given.turn, self.number, size_of(self.stores.values()), columns, given.view)
         for name, store in self.buckets.items():
-            if left := store.evict(given.horizon - held_back(self.view, name, given.memory.get(name, 0))):
+            if left := store.evict(given.horizon - given.held[name]):
                 self._compact(name, left)
         return features
 

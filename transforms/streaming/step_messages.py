@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 import polars as pl
 
-from transforms.records.frame_packets import Frames, head_of, pack, unpack
+from transforms.records.frame_packets import Frames, Head, head_of, pack, unpack
 from transforms.sources.dead_letters import MESSAGE_DEAD_LETTERS
 from transforms.streaming.progress import CommitRecord, RecoveryPoint
 from transforms.streaming.row_origin import RID
@@ -91,25 +91,26 @@ class ShardInput:
         number: number of this input among those of the shard, which are applied in this order.
         horizon: no window that is still needed begins before this time (µs) minus its length.
         tables: the rows.
-        memory: for how long (µs) repeats are recognised, by source with `unique`.
+        held: for how long (µs) before the horizon the events of each source are held as they are.
+        view: number of the view.
     """
 
     turn: int
     number: int
     horizon: int
     tables: ShardTables
-    memory: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    held: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    view: int = 0
 
     def to_envelope(self) -> bytes:
-        memory = {"memory": dict(self.memory)} if self.memory else {}
-        head = {"turn": self.turn, "number": self.number, "horizon": self.horizon, **memory}
-        return pack(head, self.tables.to_frames())
+        head = {"turn": self.turn, "number": self.number, "horizon": self.horizon, **_of_view(self.view)}
+        return pack({**head, "held": dict(self.held)} if self.held else head, self.tables.to_frames())
 
     @classmethod
     def of_envelope(cls, envelope: bytes) -> ShardInput:
         head, frames = unpack(envelope)
         tables = ShardTables.of_frames(frames)
-        return cls(head["turn"], head["number"], head["horizon"], tables, head.get("memory", {}))
+        return cls(head["turn"], head["number"], head["horizon"], tables, head.get("held", {}), head.get("view", 0))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,15 +122,17 @@ class ShardFeatures:
         shard: number of the shard.
         state: size of the shard's state.
         columns: for each number of a group, its features and the `__position` of their spine rows.
+        view: number of the view.
     """
 
     turn: int
     shard: int
     state: StoreSize
     columns: Mapping[int, pl.DataFrame]
+    view: int = 0
 
     def to_envelope(self) -> bytes:
-        head = {"turn": self.turn, "shard": self.shard, "state": dataclasses.asdict(self.state)}
+        head = {"turn": self.turn, "shard": self.shard, "state": dataclasses.asdict(self.state), **_of_view(self.view)}
         return pack(head, {str(group): each for group, each in self.columns.items()})
 
 
@@ -143,6 +146,7 @@ class ReadySpineRows:
         cut: what the turn could see (see `row_origin.cut_of`).
         rows: the spine's columns, `row_id`, the origin, `__late` and `__cold`, in the order of `__position`.
         dimensions: by dimension, the version in which keys were looked up; None: no key comes from a dimension.
+        view: number of the view.
     """
 
     turn: int
@@ -150,10 +154,11 @@ class ReadySpineRows:
     cut: str
     rows: pl.DataFrame
     dimensions: Mapping[str, str] | None = None
+    view: int = 0
 
     def to_envelope(self) -> bytes:
         versions = {} if self.dimensions is None else {"dimensions": dict(self.dimensions)}
-        head = {"turn": self.turn, "parts": self.shards, "cut": self.cut, **versions}
+        head = {"turn": self.turn, "parts": self.shards, "cut": self.cut, **_of_view(self.view), **versions}
         return pack(head, {_SPINE_ROWS: self.rows})
 
 
@@ -161,9 +166,10 @@ def assembly_input_of(envelope: bytes) -> ReadySpineRows | ShardFeatures:
     """The content of an envelope for the assembly."""
     head, frames = unpack(envelope)
     if "parts" in head:
-        return ReadySpineRows(head["turn"], head["parts"], head["cut"], frames[_SPINE_ROWS], head.get("dimensions"))
+        rows, view = frames[_SPINE_ROWS], head.get("view", 0)
+        return ReadySpineRows(head["turn"], head["parts"], head["cut"], rows, head.get("dimensions"), view)
     columns = {int(group): each for group, each in frames.items()}
-    return ShardFeatures(head["turn"], head["shard"], StoreSize(**head["state"]), columns)
+    return ShardFeatures(head["turn"], head["shard"], StoreSize(**head["state"]), columns, head.get("view", 0))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,18 +179,20 @@ class TurnEntry:
     Args:
         record: the state of the job after this turn, for a commit.
         began: number of the first turn of the launch that made it.
-        spine_rows: number of spine rows whose features the turn computes.
+        spine_rows: by number of a view, how many of its spine rows the turn computes the features of, if any.
         state: size of the journal's state.
         accepted: accepted rows by source.
-        dead_letters: the dead letters, with the columns `MESSAGE_DEAD_LETTERS`.
+        unreadable: dead letters of every view, with the columns `MESSAGE_DEAD_LETTERS`.
+        dead_letters: by number of a view, its own ones, if any.
     """
 
     record: CommitRecord
     began: int
-    spine_rows: int
+    spine_rows: Mapping[int, int]
     state: StoreSize
     accepted: Mapping[str, pl.DataFrame]
-    dead_letters: pl.DataFrame
+    unreadable: pl.DataFrame
+    dead_letters: Mapping[int, pl.DataFrame] = dataclasses.field(default_factory=dict)
 
     @property
     def turn(self) -> int:
@@ -194,11 +202,12 @@ class TurnEntry:
         head = {
             **self.record.to_json(),
             "began": self.began,
-            "questions": self.spine_rows,
-            "letters": len(self.dead_letters),
+            "questions": {str(view): number for view, number in self.spine_rows.items()},
+            "letters": len(self.unreadable) + sum(map(len, self.dead_letters.values())),
             "state": dataclasses.asdict(self.state),
         }
-        return pack(head, {**_prefixed("rows", self.accepted), **_dead_letter_frames(self.dead_letters)})
+        own = _prefixed(_DEAD_LETTERS, {str(view): each for view, each in self.dead_letters.items()})
+        return pack(head, {**_prefixed("rows", self.accepted), **_dead_letter_frames(self.unreadable), **own})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -210,16 +219,18 @@ class TurnFeatures:
         state: size of the state of the shards that computed them.
         rows: with the columns of `schemas.live.live_schema`.
         dead_letters: about dimensions, with the columns `MESSAGE_DEAD_LETTERS`.
+        view: number of the view.
     """
 
     turn: int
     state: StoreSize
     rows: pl.DataFrame
     dead_letters: pl.DataFrame
+    view: int = 0
 
     def to_envelope(self) -> bytes:
         state, letters = dataclasses.asdict(self.state), len(self.dead_letters)
-        head = {"kind": "features", "turn": self.turn, "state": state, "letters": letters}
+        head = {"kind": "features", "turn": self.turn, "state": state, "letters": letters, **_of_view(self.view)}
         return pack(head, {_ROWS: self.rows, **_dead_letter_frames(self.dead_letters)})
 
 
@@ -231,20 +242,26 @@ def commit_input_of(envelope: bytes) -> TurnEntry | TurnFeatures | None:
         return None
     dead_letters = frames.get(_DEAD_LETTERS, pl.DataFrame(schema=MESSAGE_DEAD_LETTERS))
     if kind == "features":
-        return TurnFeatures(head["turn"], StoreSize(**head["state"]), frames[_ROWS], dead_letters)
+        return TurnFeatures(head["turn"], StoreSize(**head["state"]), frames[_ROWS], dead_letters, head.get("view", 0))
     return TurnEntry(
         CommitRecord.of_json(head),
         head["began"],
-        head["questions"],
+        {int(view): number for view, number in head["questions"].items()},
         StoreSize(**head["state"]),
         _without_prefix("rows", frames),
         dead_letters,
+        {int(view): each for view, each in _without_prefix(_DEAD_LETTERS, frames).items()},
     )
 
 
-def dead_letters_in(envelope: bytes) -> pl.DataFrame | None:
-    """The dead letters of an envelope for the commits; None if there are none.  Other frames are not decoded."""
-    return unpack(envelope)[1][_DEAD_LETTERS] if head_of(envelope).get("letters") else None
+def has_dead_letters(envelope: bytes) -> bool:
+    """Whether an envelope for the commits has dead letters.  Its frames are not decoded."""
+    return bool(head_of(envelope).get("letters"))
+
+
+def _of_view(view: int) -> Head:
+    """An entry of a head; none for the first view, which is the only one in envelopes of earlier versions."""
+    return {"view": view} if view else {}
 
 
 def _prefixed(prefix: str, frames: Mapping[str, pl.DataFrame]) -> Frames:

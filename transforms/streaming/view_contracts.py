@@ -8,6 +8,7 @@ versions of a view use the same accepted rows.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,9 @@ import polars as pl
 
 from schemas.views import FeatureView
 from transforms.sources.contracts import Contract, check_rows
+from transforms.sources.conversions import Twice
 from transforms.sources.dead_letters import message_dead_letters
+from transforms.sources.inventory import spine_contract
 from transforms.streaming.messages import ABSENT, located
 
 Bools = npt.NDArray[np.bool_]
@@ -29,8 +32,16 @@ def contracts_of(view: FeatureView) -> dict[str, Contract]:
 def contract_of(view: FeatureView, name: str) -> Contract:
     """The contract of the rows of the source `name`, which is the spine or has events."""
     if name == view.spine.name:
-        return Contract(view.spine, tuple(view.spine.schema), tuple(view.key))
+        return spine_contract(view)
     return Contract(view.events[name], tuple(view.columns_read(name)))
+
+
+def twice_in(views: Sequence[FeatureView], name: str) -> Twice:
+    """Which instant a local time of the source `name` stands for that occurs twice: the earlier in a spine, the later
+    in a source of events, and neither in a source that is both."""
+    if not any(view.spine.name == name for view in views):
+        return "latest"
+    return None if any(name in view.events for view in views) else "earliest"
 
 
 def sort_rows(contract: Contract, rows: pl.DataFrame) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
