@@ -57,7 +57,7 @@ def parse(argv: Sequence[str]) -> FeaturesOptions:
     found = parse_each(argv)
     if len(found) > 1:
         names = ", ".join(each.view.name for each in found)
-        raise DefinitionError("One view is meant", names, "Choose one with --view")
+        raise DefinitionError("One view must be chosen", f"there are {names}", "Choose one with --view")
     return found[0]
 
 
@@ -82,8 +82,8 @@ def parse_each(
     definitions = load_project(flags.definition).each_view(flags.view, flags.model)
     if flags.schema and len(definitions) > 1:
         raise DefinitionError(
-            "--schema is that of one view",
-            ", ".join(each.view.name for each in definitions),
+            "--schema needs one view",
+            f"there are {', '.join(each.view.name for each in definitions)}",
             "Choose one with --view, or write <view>.schema.pbtxt beside the definition",
         )
     return [
