@@ -144,7 +144,8 @@ def test_a_changed_view_is_refused_by_every_model_that_reads_it(
         ),
         (
             "training --model boths",
-            "--model must be one of the models buying, by_hour, both of {definition}; it is boths. Did you mean",
+            "--model must be one of the models buying, by_hour, both of {definition}; it is boths. "
+            "Did you mean 'both'?",
         ),
         ("inference --model_version 1", "--model_version needs one model; there are buying, by_hour, both"),
         (
