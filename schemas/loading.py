@@ -58,7 +58,9 @@ class Definition:
             return str(own)
         if not self.is_one_of_several:
             return str(shared)
-        if shared.exists():
+        if self.project is not None and self.project.main_view == self.view.name and shared.exists():
+            return str(shared)
+        if shared.exists() and (self.project is None or self.project.main_view is None):
             raise DefinitionError(
                 f"Each of the views of {self.name} must have a schema of its own",
                 f"{shared} is not named after a view",
@@ -110,6 +112,8 @@ class Project:
         models: by name.
         sources: by name, those that views and labels read.
         source, modules: as in `Definition`.
+        main_view: the name of the view that the file calls `view`, or that its `model` reads; None if there is none.
+        main_model: the name of the model that it calls `model`.
     """
 
     name: str
@@ -119,6 +123,8 @@ class Project:
     sources: Mapping[str, Source]
     source: bytes = b""
     modules: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    main_view: str | None = None
+    main_model: str | None = None
 
     def models_over(self, view: FeatureView) -> list[Model]:
         """The models whose first view this is."""
@@ -126,6 +132,8 @@ class Project:
 
     def definition(self, view: str | None = None, model: str | None = None) -> Definition:
         """The one view that is meant, with its model if one is meant or there is only one over it.
+
+        Where several could be meant and none is named, it is what the file calls `view` and `model`.
 
         Raises:
             DefinitionError: several views could be meant, or one is named that is not there.
@@ -140,6 +148,7 @@ class Project:
                     "Leave --view out",
                 )
             return self._of(chosen.view if view is None else self.views[view], chosen)
+        view = self.main_view if view is None else view
         if view is None and len(self.views) > 1:
             raise DefinitionError(
                 f"One of the views of {self.name} must be chosen",
@@ -148,7 +157,8 @@ class Project:
             )
         found = next(iter(self.views.values())) if view is None else self._named("view", self.views, view)
         over = self.models_over(found)
-        return self._of(found, over[0] if len(over) == 1 else None)
+        main = [each for each in over if each.name == self.main_model]
+        return self._of(found, over[0] if len(over) == 1 else next(iter(main), None))
 
     def each_view(self, view: str | None = None, model: str | None = None) -> list[Definition]:
         """Every view, or the one that is named; of a model those that it reads."""
@@ -247,7 +257,20 @@ def _project(name: str, module: ModuleType, before: set[str]) -> Project:
     sources = [source for view in named.values() for source in (view.spine, *view.sources.values())]
     sources += [model.label.source for model in models.values()]
     known = _by_name("source", sources, _source_content)
-    return Project(name, str(module.__file__), named, models, known, source, modules)
+    view, model = (getattr(module, each, None) for each in ("view", "model"))
+    main_model = model if isinstance(model, Model) else None
+    main_view = view if isinstance(view, FeatureView) else None if main_model is None else main_model.view
+    return Project(
+        name,
+        str(module.__file__),
+        named,
+        models,
+        known,
+        source,
+        modules,
+        None if main_view is None else main_view.name,
+        None if main_model is None else main_model.name,
+    )
 
 
 def _inside(name: str, module: ModuleType) -> list[ModuleType]:

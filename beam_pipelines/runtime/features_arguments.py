@@ -49,15 +49,16 @@ PLANS = {"auto": None, "slices": False, "shuffle": True}
 
 
 def parse(argv: Sequence[str]) -> FeaturesOptions:
-    """Parses the flags of `features` that mean one view.
+    """Parses the flags of `features` that mean one view: of several, the one that the definition calls `view`.
 
     Raises:
         DefinitionError: a flag or the definition is invalid, or several views are meant.
     """
     found = parse_each(argv)
-    if len(found) > 1:
-        names = ", ".join(each.view.name for each in found)
-        raise DefinitionError("One view must be chosen", f"there are {names}", "Choose one with --view")
+    project = found[0].definition.project
+    if len(found) > 1 and project is not None:
+        chosen = project.definition().view.name
+        found = [each for each in found if each.view.name == chosen] or found
     return found[0]
 
 

@@ -36,6 +36,7 @@ def old(tmp_path: Path) -> Path:
 def run(old: Path, *flags: str, view: str = "ever") -> dict[str, Any]:
     name = f"run-{len(list(old.glob('runs/*')))}"
     words = ["--definition", str(old / f"{view}.py"), "--store", str(old), "--run_id", name, "--no-statistics"]
+    words += ["--view", view]  # the files name both
     assert features.main([*words, *flags]) == 0
     return figures_of(old, name)
 

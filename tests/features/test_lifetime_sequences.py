@@ -216,7 +216,7 @@ class Sequences(RuleBasedStateMachine):
             self.add("pays", rest[0])
         elif kind == "questions":
             self.add("asks", rest[0])
-        elif kind == "days with questions":
+        elif kind == "days with spine rows":
             self.add(
                 "asks", [{"at": START + timedelta(days=day, hours=12), "k": 1, "x": 0.5} for day in sorted(rest[0])]
             )

@@ -174,6 +174,23 @@ def test_two_teams_of_a_package_cannot_use_one_name(tmp_path: Path) -> None:
         load_project(str(package(tmp_path, "teams", files)))
 
 
+def test_of_several_the_one_that_the_file_calls_view_is_meant_where_one_must_be(tmp_path: Path) -> None:
+    """As before a definition could name several."""
+    both = 'a = Model(sales, label, split, name="a")\nmodel = Model(sales, label, split)\n'
+    for more, name in (("view = sales\n", None), (both, "sales"), (both + "view = prices\n", None)):
+        found = load(tmp_path, ONE + more)
+        chosen = found.definition()
+        assert chosen.view.name == ("prices" if "prices" in more else "sales")
+        assert (None if chosen.model is None else chosen.model.name) == name
+        assert [each.view.name for each in found.each_view()] == ["prices", "sales"]
+        assert found.definition("prices").view.name == "prices"
+    (tmp_path / "schema.pbtxt").touch()
+    assert found.definition("prices").schema_path == str(tmp_path / "schema.pbtxt")
+    assert found.definition("sales").schema_path == str(tmp_path / "sales.schema.pbtxt")
+    (tmp_path / "prices.schema.pbtxt").touch()
+    assert found.definition("prices").schema_path == str(tmp_path / "prices.schema.pbtxt")
+
+
 def test_each_view_of_several_has_a_schema_of_its_own(tmp_path: Path) -> None:
     found = load(tmp_path, ONE)
     assert found.definition("sales").schema_path == str(tmp_path / "sales.schema.pbtxt")

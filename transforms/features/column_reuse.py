@@ -23,7 +23,7 @@ import polars as pl
 from pyarrow.parquet import Statistics
 
 from schemas.durations import instant
-from schemas.errors import ContractError, StoreError
+from schemas.errors import ContractError, DataError, StoreError
 from schemas.expressions import columns_of
 from schemas.feature_groups import column_names
 from schemas.features import ORDERED, Derived, Trailing, is_lifetime
@@ -367,7 +367,7 @@ def copied_columns(
     wanted = ["row_id", *names]
     try:
         parts = [pl.from_arrow(read_file(file, wanted)) for day in days for file in copies.files[day]]
-    except StoreError as error:
+    except (StoreError, DataError) as error:
         log.warning("computed instead of copied: %s", error)
         return {}
     old: pl.DataFrame = pl.concat(parts)  # type: ignore[type-var, assignment]

@@ -128,6 +128,7 @@ def _read_source(parts: Sequence[ViewPart], blocks: Sequence[Block], name: str) 
     low, high = min(each.low for each in wanted.values()), max(each.high for each in wanted.values())
     every = raw.checked(contract, ReadOptions(low, high))
     alike = as_spine or not len(every.dead_letters) or all(each.read == contract.read for each in contracts.values())
+    alike = alike and all(each.reads_times_as(contract) for each in contracts.values())
     repeats = [parts[i].plan.repeats.get(name) for i in reading]
     alike = alike and all(_equal(repeats[0], each) for each in repeats[1:])
     events: dict[int, BlockInput] = {}

@@ -112,6 +112,10 @@ class Contract:
         """How times are read."""
         return Reading(self.source.zone, self.source.unit, self.twice)
 
+    def reads_times_as(self, other: Contract) -> bool:
+        """Whether it reads every time of the source as `other` does: local times that occur twice among them."""
+        return self.source.zone is None or self.twice == other.twice
+
     @functools.cached_property
     def latest(self) -> int:
         """Times from this one on are implausible, µs."""

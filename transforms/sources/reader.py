@@ -17,7 +17,7 @@ from schemas.errors import ContractError
 from schemas.sources import Source
 from transforms.records.times import ALWAYS, FOREVER
 from transforms.sources.contracts import READ_ERRORS, Contract, check_rows, not_whole
-from transforms.sources.conversions import with_problems
+from transforms.sources.conversions import problem_free, with_problems
 from transforms.sources.data_files import open_file, stamp_of
 from transforms.sources.day_digests import Digests, day_digests, subtract
 from transforms.sources.dead_letters import SOURCE_DEAD_LETTERS, concat_dead_letters
@@ -88,8 +88,9 @@ def read_slices(contract: Contract, slices: Sequence[Slice], options: ReadOption
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UncheckedRows:
-    """Rows of slices as they were read once, to be checked against one contract or several."""
+    """Rows of slices as they were read once by `contract`, to be checked against it or others of fewer columns."""
 
+    contract: Contract
     slices: Sequence[Slice]
     whole: pl.DataFrame
 
@@ -101,17 +102,29 @@ class UncheckedRows:
             ContractError: a file cannot be read as declared.
         """
         if not slices:
-            return cls(slices, pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.read}))
-        return cls(slices, _read_files(contract, slices))
+            nothing = pl.DataFrame(schema={name: contract.source.schema[name] for name in contract.read})
+            return cls(contract, slices, nothing)
+        return cls(contract, slices, _read_files(contract, slices))
 
     def digests(self, contract: Contract, options: ReadOptions) -> Digests:
         """What `checked` digests."""
-        return {} if options.span is None else day_digests(contract, self.whole.select(contract.read), *options.span)
+        return {} if options.span is None else day_digests(contract, self._rows(contract), *options.span)
 
     def checked(self, contract: Contract, options: ReadOptions) -> SourceRows:
         """The rows that satisfy a contract, which may have fewer columns than were read."""
-        whole = self.whole if self.whole.columns == list(contract.read) else self.whole.select(contract.read)
+        whole = self._rows(contract)
         return _checked(contract, self.slices, whole, _owners(contract, self.slices, whole), options)
+
+    def _rows(self, contract: Contract) -> pl.DataFrame:
+        """The rows as `contract` reads them."""
+        mine = self.contract
+        times = contract.reads_times_as(mine)
+        if times and contract.columns == mine.columns and contract.ordering == mine.ordering:
+            return self.whole
+        # Each row has one problem, which may be of a column that the other contract does not judge.
+        if self.slices and not (times and problem_free(self.whole)):
+            return _read_files(contract, self.slices)
+        return self.whole.select(contract.read)
 
 
 def stream_slices(

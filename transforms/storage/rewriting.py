@@ -101,7 +101,9 @@ def written_aside(target: str) -> Iterator[str]:
         yield aside
         durable.rename(aside, target)
     except OSError as error:
-        raise StoreError("The files of a source can be written", f"{target}: {error.strerror or error}", FIX) from None
+        raise StoreError(
+            "It must be possible to write the files of a source", f"{target}: {error.strerror or error}", FIX
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(aside)
