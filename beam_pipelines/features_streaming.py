@@ -137,7 +137,7 @@ def served_definitions(options: StreamingOptions, flags: argparse.Namespace) -> 
         recorded = None if note is None else note.definitions.get(name)
         if recorded is None:
             raise DefinitionError(
-                "--also names a version of a view that was served on the store, as VIEW@FINGERPRINT",
+                "--also must name a version of a view that was served on the store, as VIEW@FINGERPRINT",
                 f"{name!r}: {store} has {', '.join(note.definitions) if note else 'no note'}",
                 "See features_live/ in the store for the versions that there are",
             )
@@ -146,7 +146,9 @@ def served_definitions(options: StreamingOptions, flags: argparse.Namespace) -> 
         found.append(project.definition(name.split("@")[0]))
     names = [version_name(each.view) for each in found]
     if again := [name for number, name in enumerate(names) if name in names[:number]]:
-        raise DefinitionError("Each version of a view is served once", again[0], "Name it once")
+        raise DefinitionError(
+            "Each version of a view must be served once", f"{again[0]} is named again", "Name it once"
+        )
     return found
 
 
@@ -311,8 +313,8 @@ def refuse_erased_replay(options: StreamingOptions, job: LiveFeaturesJob) -> Non
         return
     if erased := sorted({each.source for each in erasures(options.job.store)} & job.topics.keys()):
         raise StoreError(
-            "A replay is not continued after rows were erased: it sends all its rows again, and these too",
-            f"erased rows of {', '.join(erased)} in {options.job.store}",
+            "A replay must not continue after rows were erased, because it sends all its rows again, and these too",
+            f"rows of {', '.join(erased)} were erased in {options.job.store}",
             "Replay files without these rows into another --store",
         )
 

@@ -65,7 +65,7 @@ def parse(argv: Sequence[str]) -> InferenceOptions:
     found = parse_each(argv)
     if len(found) > 1:
         names = ", ".join(each.definition.require_model().name for each in found)
-        raise DefinitionError("One model is meant", names, "Choose one with --model")
+        raise DefinitionError("One model must be chosen", f"there are {names}", "Choose one with --model")
     return found[0]
 
 
@@ -100,7 +100,7 @@ def parse_each(argv: Sequence[str]) -> list[InferenceOptions]:
     for name in ("model_version", "input_tfrecord", "output_tfrecord"):
         if getattr(flags, name) and len(definitions) > 1:
             models = ", ".join(each.require_model().name for each in definitions)
-            raise DefinitionError(f"--{name} is that of one model", models, "Choose one with --model")
+            raise DefinitionError(f"--{name} needs one model", f"there are {models}", "Choose one with --model")
     return [
         InferenceOptions(
             definition=definition,

@@ -130,7 +130,8 @@ def parse(argv: Sequence[str]) -> TrainingOptions:
     """
     found = parse_each(argv)
     if len(found) > 1:
-        raise DefinitionError("One model is meant", ", ".join(each.model.name for each in found), "Choose --model")
+        names = ", ".join(each.model.name for each in found)
+        raise DefinitionError("One model must be chosen", f"there are {names}", "Choose one with --model")
     return found[0]
 
 
@@ -176,7 +177,9 @@ def _versions(given: Sequence[tuple[str, int]], definition: Definition) -> dict[
     if any(not name for name, _ in given) and len(views) > 1:
         names = ", ".join(view.name for view in views)
         raise DefinitionError(
-            "A version of a feature table is that of one view", names, f"Write --features_version {views[0].name}=…"
+            "--features_version must name its view, because the model reads several",
+            f"there are {names}",
+            f"Write --features_version {views[0].name}=…",
         )
     return {name or views[0].name: version for name, version in given}
 

@@ -68,15 +68,15 @@ def _joined(known: Source, source: Source, view: FeatureView) -> Source:
     for what in ("time", "event_time"):
         if getattr(known, what) != getattr(source, what):
             raise DefinitionError(
-                f"The views of one live job declare a source with the same {what}: {source.name!r}",
-                f"{getattr(known, what)!r}, and {getattr(source, what)!r} in view {view.name!r}",
+                f"The views of one live job must declare source {source.name!r} with the same {what}",
+                f"it is {getattr(known, what)!r}, and {getattr(source, what)!r} in view {view.name!r}",
                 "Give one of the sources another name and topic, or one of the views another store",
             )
     for name, dtype in source.schema.items():
         if known.schema.get(name, dtype) != dtype:
             raise DefinitionError(
-                f"The views of one live job declare a column with one type: {name!r} of source {source.name!r}",
-                f"{known.schema[name]}, and {dtype} in view {view.name!r}",
+                f"The views of one live job must declare column {name!r} of source {source.name!r} with one type",
+                f"it is {known.schema[name]}, and {dtype} in view {view.name!r}",
                 "Declare the type that the messages have, or give one of the views another store",
             )
     more = {name: dtype for name, dtype in source.columns.items() if name not in known.schema}

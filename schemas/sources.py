@@ -148,25 +148,29 @@ class Source:
         """Where rows are and how they are read."""
         if self.path is not None and (not isinstance(self.path, str) or not self.path.strip("/") or "\0" in self.path):
             raise DefinitionError(
-                f"{what}: path is a folder or a file",
-                repr(self.path),
+                f"{what}: path must be a folder or a file",
+                f"it is {self.path!r}",
                 'Write it like "orders/2024" or "/data/orders.csv"',
             )
         if self.zone is not None and not _is_zone(self.zone):
             raise DefinitionError(
-                f"{what}: zone is a time zone of the IANA database",
-                repr(self.zone),
+                f"{what}: zone must be a time zone of the IANA database",
+                f"it is {self.zone!r}",
                 'Write it like "UTC", "Europe/Berlin" or "America/New_York"',
             )
         if self.unit is not None and self.unit not in UNITS:
             raise DefinitionError(
-                f"{what}: unit is that of times which are numbers", repr(self.unit), f"Write one of {', '.join(UNITS)}"
+                f"{what}: unit must be one of times as numbers, {', '.join(UNITS)}",
+                f"it is {self.unit!r}",
+                nearest(str(self.unit), UNITS),
             )
         if self.where is not None:
             require_row_local(self.where, f"{what}: where")
             if dtype_of(self.where, self.schema, f"{what}: where") != pl.Boolean:
                 raise DefinitionError(
-                    f"{what}: where is a condition", str(self.where), 'Compare with something: pl.col("kind") == "sale"'
+                    f"{what}: where must be a condition",
+                    f"it is {self.where}",
+                    'Compare with something: pl.col("kind") == "sale"',
                 )
 
     @functools.cached_property

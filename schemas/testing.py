@@ -51,8 +51,8 @@ def features(view: FeatureView, spine: Iterable[Row], **sources: Iterable[Row]) 
     for name in sources:
         if name not in known:
             raise DefinitionError(
-                f"View {view.name!r} reads the sources {', '.join(known) or 'none'} beside its spine",
-                repr(name),
+                f"Rows must be of sources that view {view.name!r} reads beside its spine: {', '.join(known) or 'none'}",
+                f"there is no {name!r}",
                 nearest(name, known),
             )
     tables = {name: rows_of(source, sources.get(name, ())) for name, source in known.items()}
@@ -72,7 +72,7 @@ def rows_of(source: Source, rows: Iterable[Row]) -> pl.DataFrame:
     values: dict[str, list[object]] = {name: [] for name in source.schema}
     for row in rows:
         for name in row:
-            source.require(name, "A literal row")
+            source.require((name,), "A literal row")
         for name, dtype in source.schema.items():
             values[name].append(_value(source, name, dtype, row.get(name)))
     columns = []
@@ -81,7 +81,9 @@ def rows_of(source: Source, rows: Iterable[Row]) -> pl.DataFrame:
             columns.append(pl.Series(name, values[name], dtype=dtype, strict=True))
         except (TypeError, OverflowError, pl.exceptions.PolarsError):
             wrong = next(value for value in values[name] if not _fits(value, dtype))
-            raise DefinitionError(f"Source {source.name!r}: {name!r} is {dtype}", repr(wrong), "Correct it") from None
+            raise DefinitionError(
+                f"Source {source.name!r}: {name!r} must be {dtype}", f"it is {wrong!r}", "Correct it"
+            ) from None
     return pl.DataFrame(columns)
 
 
@@ -92,7 +94,7 @@ def _value(source: Source, name: str, dtype: pl.DataType, value: object) -> obje
     if isinstance(value, str | date | datetime):
         moment = instant(value, what)
         return moment if dtype == TIME else moment.date()
-    raise DefinitionError(f"{what} is a time or a date", repr(value), 'Write it like "2024-01-31"')
+    raise DefinitionError(f"{what} must be a time or a date", f"it is {value!r}", 'Write it like "2024-01-31"')
 
 
 def _fits(value: object, dtype: pl.DataType) -> bool:

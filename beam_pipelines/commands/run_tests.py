@@ -39,8 +39,8 @@ def test(argv: Sequence[str]) -> int:
     if not count:
         which = f" whose name contains {flags.only!r}" if flags.only else ""
         raise DefinitionError(
-            f"There are tests{which} beside {flags.definition}",
-            f"none in {folder}",
+            f"There must be tests{which} beside {flags.definition}",
+            f"there are none in {folder}",
             "Write functions test_… with schemas.testing in a file test_….py",
         )
     print(f"{count - failed} of {count} passed")
@@ -85,7 +85,7 @@ def imported(path: Path) -> ModuleType:
         raise
     except Exception as error:
         value = f"{type(error).__name__}: {error}"
-        raise DefinitionError(f"{path} can be imported", value, "Correct the file") from None
+        raise DefinitionError(f"{path} must be importable", value, "Correct the file") from None
 
 
 def passes(name: str, call: Callable[[], object]) -> bool:

@@ -71,7 +71,7 @@ def parse(action: str, argv: Sequence[str]) -> SchemaOptions:
     found = parse_each(action, argv)
     if len(found) > 1:
         names = ", ".join(each.definition.view.name for each in found)
-        raise DefinitionError("One view is meant", names, "Choose one with --view")
+        raise DefinitionError("One view must be chosen", f"there are {names}", "Choose one with --view")
     return found[0]
 
 
@@ -100,7 +100,7 @@ def parse_each(action: str, argv: Sequence[str]) -> list[SchemaOptions]:
     named = any(word.split("=")[0] == "--run_id" for word in argv)
     if flags.schema and len(definitions) > 1:
         value = ", ".join(each.view.name for each in definitions)
-        raise DefinitionError("--schema is that of one view", value, "Choose one with --view")
+        raise DefinitionError("--schema needs one view", f"there are {value}", "Choose one with --view")
     return [
         SchemaOptions(
             definition,

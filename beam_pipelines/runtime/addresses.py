@@ -76,7 +76,7 @@ def _require_response(flag: str, address: str) -> None:
         first_contact(lambda: FileSystems.exists(address))
     except NoResponse as error:
         raise StoreError(
-            f"The object store that {flag} names can be reached",
+            f"The object store that {flag} names must be reachable",
             f"{address}: {error}",
             "Check the address, the network and the credentials",
         ) from None

@@ -83,8 +83,8 @@ def parse_each(
     definitions = load_project(flags.definition).each_view(flags.view, flags.model)
     if flags.schema and len(definitions) > 1:
         raise DefinitionError(
-            "--schema is that of one view",
-            ", ".join(each.view.name for each in definitions),
+            "--schema needs one view",
+            f"there are {', '.join(each.view.name for each in definitions)}",
             "Choose one with --view, or write <view>.schema.pbtxt beside the definition",
         )
     return [

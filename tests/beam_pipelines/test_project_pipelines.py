@@ -136,16 +136,28 @@ def test_a_changed_view_is_refused_by_every_model_that_reads_it(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("trace --key visit=3", "names the views buying, crowd. Got none chosen. Choose one with --view"),
-        ("parity", "names the views buying, crowd. Got none chosen. Choose one with --view"),
-        ("features --view crowds", "names the views buying, crowd. Got --view crowds. Did you mean 'crowd'?"),
-        ("training --model boths", "names the models buying, by_hour, both. Got --model boths. Did you mean 'both'?"),
-        ("inference --model_version 1", "--model_version is that of one model. Got buying, by_hour, both"),
-        ("training --model both --features_version 0", "A version of a feature table is that of one view"),
-        ("training --model by_hour --features_version crowd=0", "'by_hour' reads the views buying. Got 'crowd'"),
-        ("features --schema x.pbtxt", "--schema is that of one view. Got buying, crowd"),
-        ("schema check --schema x.pbtxt", "--schema is that of one view. Got buying, crowd"),
-        ("training --view crowd --model by_hour", "Model 'by_hour' reads the views buying. Got --view crowd"),
+        ("trace --key visit=3", "must be chosen; there are buying, crowd. Choose one with --view"),
+        ("parity", "must be chosen; there are buying, crowd. Choose one with --view"),
+        (
+            "features --view crowds",
+            "--view must be one of the views buying, crowd of {definition}; it is crowds. Did you mean 'crowd'?",
+        ),
+        (
+            "training --model boths",
+            "--model must be one of the models buying, by_hour, both of {definition}; it is boths. Did you mean",
+        ),
+        ("inference --model_version 1", "--model_version needs one model; there are buying, by_hour, both"),
+        (
+            "training --model both --features_version 0",
+            "--features_version must name its view, because the model reads several; there are buying, crowd",
+        ),
+        (
+            "training --model by_hour --features_version crowd=0",
+            "views that model 'by_hour' reads, that is buying; it names 'crowd'",
+        ),
+        ("features --schema x.pbtxt", "--schema needs one view; there are buying, crowd"),
+        ("schema check --schema x.pbtxt", "--schema needs one view; there are buying, crowd"),
+        ("training --view crowd --model by_hour", "that model 'by_hour' reads, that is buying; it is crowd"),
     ],
 )
 def test_a_command_says_what_there_is_to_choose(
@@ -155,7 +167,7 @@ def test_a_command_says_what_there_is_to_choose(
     if command == "schema":
         command, *more = f"schema {more[0]}", *more[1:]
     assert project.run(command, *more) == 2
-    assert message in capfd.readouterr().err
+    assert message.format(definition=project.definition) in capfd.readouterr().err
 
 
 def test_commands_work_on_every_view_or_model(project: Project, capfd: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,7 @@ def test_a_live_prediction_leads_to_its_model_its_answer_and_its_sources(traced:
     assert "version 1 of orders" in capsys.readouterr().out
     assert tables(["--store", str(traced.store)]) == 0
     assert re.search(r"^predictions_live/orders .* 2,400 ", capsys.readouterr().out, re.MULTILINE)
-    with pytest.raises(DataError, match="12345 not in predictions_live/orders"):
+    with pytest.raises(DataError, match="12345 is not in predictions_live/orders"):
         trace(["--store", str(traced.store), "--prediction", "12345"])
     os.remove(traced.store / "sources")
     (traced.store / "features_live").rename(traced.store / "elsewhere")

@@ -12,12 +12,14 @@ from typing import Any
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable
 
 from beam_pipelines import features
 from beam_pipelines.commands import parity
 from beam_pipelines.runtime.errors import guard
 from schemas import FeatureView
 from tests.support import market
+from tests.support.live_turns import read
 from tests.support.turns import Job, JobOptions
 from transforms.lineage.counted_rows import (
     BEFORE_START,
@@ -338,11 +340,16 @@ def test_a_question_that_is_nowhere_ends_with_exit_code_5(
     tmp_path: Path, frames: Frames, capsys: pytest.CaptureFixture[str]
 ) -> None:
     view, store = live(tmp_path, frames)
-    altered(store, view, lambda rows: rows[1:])
+    uri = features_live_uri(str(store), view.name, view.fingerprint)
+    before = read(uri)
+    day = before["date"].min()
+    DeltaTable(uri).delete(f"date = '{day}'")  # whole files: nothing is written
+    lost = len(before) - len(read(uri))
+    assert 0 < lost < len(before)
     code, figures = reported(tmp_path, store)
     assert code == 5
-    assert figures["questions_unaccounted_for"] == 1
-    assert "1 are none of these" in capsys.readouterr().err
+    assert figures["questions_unaccounted_for"] == lost
+    assert f"; {lost} are none of these" in capsys.readouterr().err
 
 
 def test_whatever_is_mixed_is_explained_by_what_was_done(tmp_path: Path) -> None:

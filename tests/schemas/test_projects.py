@@ -66,10 +66,10 @@ def test_every_public_name_counts_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("view", "model", "message"),
     [
-        (None, None, r"names the views prices, sales. Got none chosen. Choose one with --view"),
-        ("sale", None, r"names the views prices, sales. Got --view sale. Did you mean 'sales'"),
-        (None, "bb", r"names the models prices, b. Got --model bb"),
-        ("prices", "b", r"Model 'b' reads the views sales. Got --view prices. Leave --view out"),
+        (None, None, r"One of the views .* must be chosen; there are prices, sales. Choose one with --view"),
+        ("sale", None, r"--view must be one of the views prices, sales .*; it is sale. Did you mean 'sales'"),
+        (None, "bb", r"--model must be one of the models prices, b .*; it is bb"),
+        ("prices", "b", r"that model 'b' reads, that is sales; it is prices. Leave --view out"),
     ],
 )
 def test_a_choice_is_refused_with_what_there_is(
@@ -83,12 +83,12 @@ def test_a_choice_is_refused_with_what_there_is(
 def test_one_of_several_models_of_a_view_is_chosen_by_name(tmp_path: Path) -> None:
     found = load(tmp_path, ONE + 'a = Model(prices, label, split)\nb = Model(prices, label, split, name="b")\n')
     with pytest.raises(
-        DefinitionError, match=r"One of the models .* is chosen. Got prices, b. Choose one with --model"
+        DefinitionError, match=r"One of the models .* must be chosen; there are prices, b. Choose one with --model"
     ):
         found.definition("prices").require_model()
     with pytest.raises(DefinitionError, match=r"only a view"):
         found.definition("sales").require_model()
-    with pytest.raises(DefinitionError, match=r"A model is named in .* over view 'sales'"):
+    with pytest.raises(DefinitionError, match=r"A model must be named in .* over view 'sales'"):
         found.each_model(view="sales")
 
 
@@ -108,7 +108,7 @@ def test_one_of_several_models_of_a_view_is_chosen_by_name(tmp_path: Path) -> No
 def test_two_contents_of_one_name_are_refused_with_both_places(tmp_path: Path, more: str, kind: str) -> None:
     what, name = kind.split()
     places = r"at \S*definition.py, line \d+ and, with other content, at \S*definition.py, line \d+"
-    with pytest.raises(DefinitionError, match=f"One name is one {what}. Got {name} {places}"):
+    with pytest.raises(DefinitionError, match=f"A name must stand for one {what}; there is {name} {places}"):
         load(tmp_path, ONE + more)
 
 
@@ -230,18 +230,18 @@ def test_several_views_are_one_input(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ('prices, features=["sold_by_k_*_8d", "hour"]', r"'sold_by_k_\*_8d', which matches none. Did you mean '.*_7d'"),
-        ('prices, features=["huor"]', r"patterns of them. Got 'huor', which matches none. Did you mean 'hour'"),
+        ('prices, features=["sold_by_k_*_8d", "hour"]', r"'sold_by_k_\*_8d' matches none. Did you mean '.*_7d'"),
+        ('prices, features=["huor"]', r"patterns of them; 'huor' matches none. Did you mean 'hour'"),
         ('[prices, sales], features=["sales.double_x*"]', r"features of view 'sales'.*'sales.double_x\*'.*'double'"),
-        ("prices, features=[]", r"features is a name or pattern of features or a tuple of them. Got \[\]"),
-        ('prices, features=["hour", "hour"]', r"names each name once"),
-        ("[prices, sales]", r"one name is one feature. Got 'double' of view 'prices' and of view 'sales'"),
-        ("[prices, prices]", r"names each view once"),
-        ("[]", r"A model reads a FeatureView, or several. Got none"),
-        ("[prices, asked]", r"A model reads a FeatureView, or several. Got Source"),
+        ("prices, features=[]", r"features must be a name or pattern of features or a tuple of them; it is \[\]"),
+        ('prices, features=["hour", "hour"]', r"must have each name or pattern of features once"),
+        ("[prices, sales]", r"a name must stand for one feature; 'double' .* in view 'prices' and in view 'sales'"),
+        ("[prices, prices]", r"must name each view once"),
+        ("[]", r"A model must read a FeatureView, or several; there is none"),
+        ("[prices, asked]", r"A model must read a FeatureView, or several; it is Source"),
         (
             'prices, features=["hour"], encode={"double": encoders.Impute("mean")}',
-            r"encode names inputs, and features chooses them. Got 'double', which it does not choose",
+            r"encode must name inputs, which features chooses; it does not choose 'double'",
         ),
         (
             '[prices, FeatureView("o", spine=sold, key="k", features=[Derived(x=pl.col("amount"))])]',

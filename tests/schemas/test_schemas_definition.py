@@ -424,7 +424,7 @@ def test_a_file_is_loaded_by_its_path(tmp_path: Path) -> None:
     path.write_text(GOOD)
     definition = load_definition(str(path))
     assert (definition.view.name, definition.model, definition.path) == ("v", None, str(path))
-    with pytest.raises(DefinitionError, match="must define a model"):
+    with pytest.raises(DefinitionError, match="must name a model"):
         definition.require_model()
 
 
@@ -438,8 +438,8 @@ def test_a_module_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x = 1", r"must define a FeatureView `view`.*view=None.*Write view ="),
-        ("view = 5", r"must define a FeatureView `view`.*view=5"),
+        ("x = 1", r"must name a FeatureView `view`.*there is none.*Write view ="),
+        ("view = 5", r"must name a FeatureView `view`.*view=5"),
         ("def f(:", r"must be valid Python; line 1: .*Correct the file"),
         (
             "import no_such_library",
@@ -479,6 +479,6 @@ model = Model(other, Label(view.spine, on="a", value=pl.col("a"), within="1d"), 
     )
     with pytest.raises(
         DefinitionError,
-        match=r"One name is one view. Got 'v' at .*definition.py, line \d+ and, with other content, at .*line \d+",
+        match=r"A name must stand for one view; there is 'v' at .*definition.py, line \d+ and, with other content, at .*line \d+",
     ):
         load_definition(str(path))

@@ -37,9 +37,9 @@ def test_a_job_goes_on_after_rows_were_erased_and_its_store_was_moved(live: Live
     stage, told = Stage(live, tmp_path, definition=definition()), slots(history())
     half = len(told) // 2
     with stage.job("one") as job:
-        stage.tell(told[:half])
+        stage.send_slots(told[:half])
         await_(lambda: sum(len(stage.kept(name)) for name in stage.sources) > 0 and commits(stage) > 1, 200, job)
-        await_(lambda: len(stage.answers()) > 10, 200, job)
+        await_(lambda: len(stage.feature_rows()) > 10, 200, job)
         job.signal(signal.SIGTERM)
         assert job.wait(200) == 0, job.output()[-3000:]
     moved = tmp_path / "moved here"
@@ -48,14 +48,14 @@ def test_a_job_goes_on_after_rows_were_erased_and_its_store_was_moved(live: Live
     flags = ["--definition", str(stage.definition), "--store", str(moved)]
     before, kept = stage.kept("sales"), pl.sql_expr(f"NOT ({WHERE})")
     assert 0 < len(before.filter(kept)) < len(before)
-    answers = stage.answers()
+    feature_rows = stage.feature_rows()
     assert cli.main(["erase", "sales", *flags, "--where", WHERE]) == 0
     left = stage.kept("sales")
     assert left.filter(kept).height == left.height == before.filter(kept).height
-    assert 0 < len(stage.answers()) < len(answers)
+    assert 0 < len(stage.feature_rows()) < len(feature_rows)
     assert cli.main(["verify", *flags, "--live", "--rows", "all", "--run_id", "v1"]) == 0
     with stage.job("two") as job:
-        stage.tell(told[half:])
+        stage.send_slots(told[half:])
         stage.beat(FOREVER)
         stage.flush()
         end(job, 400)
@@ -70,5 +70,5 @@ def test_a_job_goes_on_after_rows_were_erased_and_its_store_was_moved(live: Live
     assert found["values_differing"] == found["questions_unaccounted_for"] == 0
     assert found["questions_erased"] > 0
     assert cli.main(["verify", *flags, "--live", "--rows", "all", "--run_id", "v2"]) == 0
-    assert stage.answers()["nearby_by_zone_price_count_2d"].max() > 0
+    assert stage.feature_rows()["nearby_by_zone_price_count_2d"].max() > 0
     assert not (tmp_path / "store").exists()

@@ -19,7 +19,7 @@ from tests.support.live_turns import read
 from transforms.lineage.feature_parity import check_parity
 from transforms.lineage.visible_rows import read_accepted
 from transforms.storage.paths import features_live_uri
-from transforms.streaming.store_owner import NOTE, claim
+from transforms.streaming.store_owner import NOTE, JobNote, claim
 
 OTHER = market.DEFINITION.replace('"demand"', '"another"')
 # Windows of another length: the same columns are read, and so rows are checked alike.
@@ -215,6 +215,17 @@ def test_a_replay_that_has_committed_nothing_may_have_other_rows(lived: tuple[Pa
     changed_files(folder, "removed")
     assert features_streaming.main(argv(folder, folder / "store", name="again")) == 0
     assert json.loads((folder / "store" / NOTE).read_text())["rows"] != note["rows"]
+
+
+def test_a_source_that_is_left_out_for_a_while_keeps_its_digests() -> None:
+    """Its offsets stay in the store, so its rows are compared when it is read again."""
+    stream = {"--source": "replay"}
+    first = JobNote({"v": ["1"]}, {}, {}, stream, {"sales": {"price": "a"}, "stock": {"level": "b"}})
+    second = JobNote({"v": ["2"]}, {}, {}, stream, {"sales": {"price": "c"}})
+    assert second.after(first).rows == {"sales": {"price": "c"}, "stock": {"level": "b"}}
+    assert JobNote.of_text(second.after(first).to_text().encode()) == second.after(first)
+    kafka = JobNote({"v": ["3"]}, {}, {}, {"--source": "kafka"})
+    assert kafka.after(first).rows is None
 
 
 def test_a_job_that_has_read_nothing_binds_to_no_stream(tmp_path: Path) -> None:

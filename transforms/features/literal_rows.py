@@ -34,7 +34,9 @@ def features_of_rows(view: FeatureView, tables: Mapping[str, pl.DataFrame]) -> p
     if len(conflicts):
         key = ", ".join(f"{name} = {format_value(conflicts[name][0], view.spine.schema[name])}" for name in view.key)
         raise ContractError(
-            "Key and time identify a spine row", f"different rows of {key}", "Give one of them another key or time"
+            "Key and time must identify a spine row",
+            f"there are different rows of {key}",
+            "Give one of them another key or time",
         )
     rows = {
         name: spine if source is view.spine else _rows(view, source, tables[name])

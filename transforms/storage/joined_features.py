@@ -95,8 +95,8 @@ def read_joined(rows: FeatureRows, tables: TableFiles, columns: Collection[str])
         part = frame(read_group(files, names)) if files else _no_rows(view.output_schema, names)
         if (listed := sum(file.rows for file in files)) != len(part):
             raise DataError(
-                f"The table of view {view.name!r} has the rows that its log lists",
-                f"{len(part)} of {listed}",
+                f"The table of view {view.name!r} must have the rows that its log lists",
+                f"it has {len(part)} of {listed}",
                 "Files may have changed while they were read: run the same command again",
             )
         parts.append(part.cast({name: parts[0].schema[name] for name in moment}) if parts else part)

@@ -82,6 +82,8 @@ class JobNote:
     def after(self, known: JobNote) -> JobNote:
         """This note, with what an earlier job recorded of other sources, other versions and the stream."""
         stream, rows = (self.stream, self.rows) if self.stream is not None else (known.stream, known.rows)
+        if rows is not None and known.rows is not None:  # a source that no view reads now keeps its offsets
+            rows = {**known.rows, **rows}
         return dataclasses.replace(
             self,
             declared={**known.declared, **self.declared},

@@ -90,7 +90,10 @@ def open_features(request: TrainingRequest) -> list[DeltaTable]:
     """
     names = [view.name for view in request.model.views]
     if wrong := [name for name in request.features_versions if name not in names]:
-        raise DefinitionError(f"Model {request.model.name!r} reads the views {', '.join(names)}", repr(wrong[0]))
+        raise DefinitionError(
+            f"--features_version must name views that model {request.model.name!r} reads, that is {', '.join(names)}",
+            f"it names {wrong[0]!r}",
+        )
     command = f"millrace features --definition {request.definition.name} --store {request.store}"
     tables = []
     for view in request.model.views:

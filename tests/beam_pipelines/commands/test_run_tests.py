@@ -70,9 +70,9 @@ def test_it_takes_under_a_second_and_no_beam(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tests", "words", "message"),
     [
-        ("x = 1", (), "There are tests beside"),
+        ("x = 1", (), "There must be tests beside"),
         (TESTS, ("--only", "nothing"), "whose name contains 'nothing'"),
-        ("import no_such_module", (), "test_definition.py can be imported. Got ModuleNotFoundError"),
+        ("import no_such_module", (), "test_definition.py must be importable; ModuleNotFoundError"),
     ],
 )
 def test_what_cannot_be_run_is_refused(
