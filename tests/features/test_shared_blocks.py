@@ -48,7 +48,8 @@ FEATURES = (
 
 
 def write(folder: Path, seed: int, broken: str) -> None:
-    """Random sources of a few days; `broken` names columns of `sold` in which some rows break the contract."""
+    """Random sources of a few days; `broken` names columns of `sold` in which some rows break the contract; "text":
+    it is a CSV file in which some values of two columns are no numbers."""
     random = np.random.default_rng(seed)
 
     def times(rows: int) -> list[datetime]:
@@ -83,7 +84,18 @@ def write(folder: Path, seed: int, broken: str) -> None:
     for source, columns in frames.items():
         (folder / source.name).mkdir(parents=True)
         frame = pl.DataFrame(columns, schema=source.schema)
-        frame.write_parquet(folder / source.name / "all.parquet", use_pyarrow=True, row_group_size=40)
+        if source is sold and broken == "text":
+            spoiled = [
+                pl.when(pl.int_range(pl.len()).is_in(random.integers(0, more, 40).tolist()))
+                .then(pl.lit("none"))
+                .otherwise(pl.col(name).cast(pl.String))
+                .alias(name)
+                for name in ("paid", "tip")
+            ]
+            moment = pl.col("at").dt.strftime("%Y-%m-%dT%H:%M:%SZ")
+            frame.with_columns(moment, *spoiled).write_csv(folder / source.name / "all.csv")
+        else:
+            frame.write_parquet(folder / source.name / "all.parquet", use_pyarrow=True, row_group_size=40)
 
 
 def plan_of(view: FeatureView, root: Path, cuts: object = None, rows: int = 90) -> tuple[FeaturePlan, Inventory]:
@@ -142,7 +154,7 @@ def together(
 @given(
     seed=st.integers(0, 1000),
     chosen=st.lists(st.sets(st.integers(0, len(FEATURES) - 1), min_size=1), min_size=2, max_size=3),
-    broken=st.sampled_from(["", "", "tip", "paid tip"]),
+    broken=st.sampled_from(["", "", "tip", "paid tip", "text"]),
 )
 def test_views_computed_together_are_what_each_is_alone(
     tmp_path_factory: pytest.TempPathFactory, seed: int, chosen: list[set[int]], broken: str

@@ -148,8 +148,8 @@ def test_empty_files_and_headers_without_rows_have_no_rows(tmp_path: Path) -> No
     [
         ("a.csv", "n,v\n1,2\n".encode("utf-16"), "UTF-16"),
         ("a.json", '[{"n": 1}]', "JSON array"),
-        ("a.csv.gz", gzip.compress(b"n,v\n" + b"1,2\n" * 100_000)[:-20], "whole CSV"),
-        ("a.jsonl.gz", b"not gzip", "whole JSON lines"),
+        ("a.csv.gz", gzip.compress(b"n,v\n" + b"1,2\n" * 100_000)[:-20], "complete CSV"),
+        ("a.jsonl.gz", b"not gzip", "complete JSON lines"),
         ("a.csv", "n,n,v\n1,2,3\n", "2 columns 'n'"),
         ("a.jsonl", '{"m": 1, "v": 2}\n', "declared column 'n'"),
         ("a.csv", "n;m\n1;2\n", "declared column 'v'"),

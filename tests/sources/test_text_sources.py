@@ -160,5 +160,5 @@ def test_history_of_a_live_job_is_that_of_parquet(tmp_path: Path) -> None:
     write(tmp_path / "b", frames, [parquet])
     for name in ("visits", "sales", "stock"):
         span = [(each - EPOCH) // MICROSECOND for each in (market.at(-1), market.at(market.DAYS + 1))]
-        found = [HistoryFiles.of(view, str(tmp_path / each / "sources"), name).pieces(*span) for each in "ab"]
+        found = [HistoryFiles.of([view], str(tmp_path / each / "sources"), name).pieces(*span) for each in "ab"]
         same(*(pl.concat([piece.rows for piece in pieces]) for pieces in found))
