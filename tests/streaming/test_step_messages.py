@@ -210,6 +210,13 @@ def test_what_is_committed_survives_its_envelope(dead: int) -> None:
     assert set(frames) == {"rows"} | ({"letters"} if dead else set())
 
 
+def test_a_turn_of_an_earlier_version_had_one_view() -> None:
+    none = pl.DataFrame(schema=MESSAGE_DEAD_LETTERS)
+    entry = TurnEntry(RECORD, 4, {0: 2}, StoreSize(5, 600), {"sales": ROWS}, none, {})
+    head, frames = unpack(entry.to_envelope())
+    same(commit_input_of(pack({**head, "questions": 2}, frames)), entry)
+
+
 def test_a_tick_holds_nothing_to_commit() -> None:
     assert commit_input_of(step_messages.TICK) is None
     assert not step_messages.has_dead_letters(step_messages.TICK)

@@ -243,10 +243,13 @@ def commit_input_of(envelope: bytes) -> TurnEntry | TurnFeatures | None:
     dead_letters = frames.get(_DEAD_LETTERS, pl.DataFrame(schema=MESSAGE_DEAD_LETTERS))
     if kind == "features":
         return TurnFeatures(head["turn"], StoreSize(**head["state"]), frames[_ROWS], dead_letters, head.get("view", 0))
+    spine_rows = head["questions"]
+    if isinstance(spine_rows, int):  # an earlier version served one view
+        spine_rows = {"0": spine_rows}
     return TurnEntry(
         CommitRecord.of_json(head),
         head["began"],
-        {int(view): number for view, number in head["questions"].items()},
+        {int(view): number for view, number in spine_rows.items()},
         StoreSize(**head["state"]),
         _without_prefix("rows", frames),
         dead_letters,
