@@ -223,7 +223,9 @@ def load_project(name: str) -> Project:
             before = set(sys.modules)
             return _project(name, _imported(name, lambda: importlib.import_module(folder.resolve().name)), before)
     if not name.endswith(".py") and not all(part.isidentifier() for part in name.split(".")):
-        raise DefinitionError(_RULE, repr(name), "Name it like examples.flights.definition, or path/definition.py")
+        raise DefinitionError(
+            _RULE, f"it is {name!r}", "Write it like examples.flights.definition, or path/definition.py"
+        )
     found = _project(name, _file(folder) if name.endswith(".py") else _module(name), before)
     if name.endswith(".py"):  # another definition may have other neighbours of these names
         for path in found.modules:

@@ -119,7 +119,7 @@ def test_a_frame_is_scored_as_its_rows_are_and_refused_where_a_value_does_not_fi
     frame = pd.DataFrame(data, columns=["x", "n"])
     found = model.predict(frame)["score"].to_numpy()
     assert found.tobytes() == score(model.scorer, batch).tobytes()
-    with pytest.raises(MismatchError, match="'n' is int64"):
+    with pytest.raises(MismatchError, match="'n' must be int64"):
         model.predict(pd.DataFrame({"x": [1.0], "n": [0.5]}))
 
 

@@ -84,7 +84,7 @@ def test_a_source_of_mostly_bad_rows_stops_the_run_and_its_dead_letters_can_be_r
     bad = pl.when(pl.int_range(pl.len()) % 4 == 0).then(float("inf")).otherwise("age").cast(pl.Float32)
     visits.with_columns(bad.alias("age")).write_parquet(path)
     assert run(store, "first", "--max_dead_fraction", "0.1") == 3
-    assert "150 of 600 rows of 'visits', that is 0.25" in capsys.readouterr().err
+    assert "150 of 600 rows of 'visits' were, that is 0.25" in capsys.readouterr().err
     assert newest_version(table(store)) is None
     assert pl.read_delta(str(store / "dead_letters" / "features")).height == 150
     assert run(store, "first", "--max_dead_fraction", "0.25") == 0

@@ -99,7 +99,7 @@ def test_infer_does_not_write_over_a_reviewed_schema(call) -> None:  # type: ign
     call.path.write_text("# reviewed")
     code, _, printed = call("infer")
     assert code == 2
-    assert f"{call.path} is there" in printed
+    assert f"{call.path} exists" in printed
     assert call.path.read_text() == "# reviewed"
     assert call("infer", "--force")[0] == 0
     assert parse_schema(call.path.read_text()).feature

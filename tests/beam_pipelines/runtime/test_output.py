@@ -30,7 +30,7 @@ def ended(words: str, redirect: str, folder: Path) -> tuple[int, str, str]:
         ("tables --help", ">/dev/full", 4, "what was printed is lost"),
         ("--help", ">&-", 0, ""),
         ("--help", "> >(true)", 0, ""),
-        ("nothing", "", 2, "millrace has the commands"),
+        ("nothing", "", 2, "The command must be one of"),
         ("nothing", "2>/dev/full", 2, ""),
         ("nothing", "2>&-", 2, ""),
         ("nothing", ">/dev/full 2>/dev/full", 2, ""),
