@@ -321,24 +321,24 @@ class Mismatch:
         what, declared = f"Source {self.source.name!r}", self.source.schema[self.column]
         if self.kind == "missing":
             where = f"{self.file} {self.found}"
-            return ContractError(f"{what}: every file has the declared column {self.column!r}", where, self.hint)
+            return ContractError(f"{what}: every file must have the declared column {self.column!r}", where, self.hint)
         if self.kind == "twice":
             return ContractError(
-                f"{what}: a file has each declared column once",
-                f"{self.found} in {self.file}",
+                f"{what}: a file must have each declared column once",
+                f"{self.file} has {self.found}",
                 "Write the file again, each column under a name of its own",
             )
         if self.other is not None:
             path, right = self.other
             return ContractError(
-                f"{what}: column {self.column!r} has one type in every file, declared {declared}",
+                f"{what}: column {self.column!r} must have one type in every file, declared {declared}",
                 f"{right} in {path}, and {self.found} in {self.file}",
                 f"Write {self.file} again with {self.column!r} as {right}, or move it away",
             )
         if self.kind == "zone":
-            rule = f"column {self.column!r} is {declared}, and a date has no zone"
+            rule = f"column {self.column!r} must be {declared}, and a date has no zone"
             if not self.found.startswith("date"):
-                rule = "a timestamp names its time zone, or its source the zone"
+                rule = "a timestamp must have a time zone, or its source must name one"
             return ContractError(
                 f"{what}: {rule}",
                 f"{self.column!r}: {self.found} in {self.file}",
@@ -348,7 +348,7 @@ class Mismatch:
         fix = "Correct the file"
         if self.line:
             fix = f"Correct the file, or write {self.line} in Source({self.source.name!r}, …)"
-        return ContractError(f"{what}: column {self.column!r} is {declared}", f"{self.found} in {self.file}", fix)
+        return ContractError(f"{what}: column {self.column!r} must be {declared}", f"{self.found} in {self.file}", fix)
 
     @property
     def brief(self) -> str:
@@ -377,7 +377,7 @@ def refused(found: Sequence[Mismatch | ContractError]) -> ContractError:
     texts += [f"{each.value}" for each in others]
     write = "; ".join(f"in Source({name!r}, …): {', '.join(some)}" for name, some in lines.items())
     return ContractError(
-        f"Every file holds what its source declares; {len(texts)} things differ",
+        f"Every file must hold what its source declares; {len(texts)} things differ",
         "; ".join(f"({number}) {text}" for number, text in enumerate(texts, 1)),
         f"Correct the files, or write {write}" if write else "Correct the files",
     )
