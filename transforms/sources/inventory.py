@@ -47,7 +47,7 @@ _ARROW = {
 # Number of files that a thread takes at a time.
 FILES_AT_ONCE = 64
 # Ends the rule of the error where a source has none.
-HAS_FILES = "has files"
+HAS_FILES = "must have files"
 
 
 def version_of(root: str, source: Source) -> int | None:
@@ -81,7 +81,7 @@ def listing_of(root: str, source: Source) -> Listing:
     if not listing.files:
         raise DataError(
             f"Source {source.name!r} {HAS_FILES}",
-            f"none under {folder}",
+            f"there are none under {folder}",
             "Write its rows there, name another folder with --sources, or say where they are with path=… in the "
             "definition",
         )

@@ -209,9 +209,9 @@ def test_a_run_and_an_erasure_do_not_work_on_a_store_together(
         arguments = ["erase", "returns", "--where", WHERE, *batch.flags] if pipeline == "erase" else [pipeline]
         arguments += [] if pipeline == "erase" else batch.flags[2:] if pipeline == "vacuum" else batch.flags
         assert main(arguments) == 8, pipeline
-        assert "(erase), started" in capsys.readouterr().err
+        assert "(erase) has started" in capsys.readouterr().err
     assert main(["compact", *batch.flags[2:]]) == 8
-    assert "(erase), started" in capsys.readouterr().err
+    assert "(erase) has started" in capsys.readouterr().err
     assert main(["inference", "--streaming", *batch.flags]) == 8
     assert batch.found() == everything
     released(run)
