@@ -137,12 +137,12 @@ def test_avro_containers_are_read() -> None:
         (
             b'{"id": "one", "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, '
             b'"few": 1, "fast": true, "day": "2024-05-01", "rate": 1}',
-            "'id' is Int64",
+            "'id' must be Int64",
         ),
         (
             b'{"id": 1.5, "sold": "2024-05-01T12:00:00Z", "shop": "a", "price": 1, '
             b'"few": 1, "fast": true, "day": "2024-05-01", "rate": 1}',
-            "'id' is Int64",
+            "'id' must be Int64",
         ),
         (
             b'{"id": 1, "sold": "2024-05-01T12:00:00", "shop": "a", "price": 1, '

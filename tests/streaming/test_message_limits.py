@@ -189,8 +189,8 @@ AVRO: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
         ),
         "columns",
     ),
-    "a text in the place of a schema": (container(b'"string"', (1, text(b"a"))), "is a record"),
-    "no schema": (b"Obj\x01" + long(0) + bytes(16), "can be read"),
+    "a text in the place of a schema": (container(b'"string"', (1, text(b"a"))), "must be a record"),
+    "no schema": (b"Obj\x01" + long(0) + bytes(16), "must be readable"),
 }
 
 
