@@ -454,7 +454,7 @@ def test_mistakes_end_with_a_message_an_exit_code_and_no_traceback(tmp_path: Pat
         (["--definition", good, "--store", str(tmp_path)], "declared column 'price'", 3),
         (["--definition", good, "--store", str(tmp_path / "nowhere")], "must have files", 3),
         (["--definition", str(failing), "--store", str(tmp_path / "failing")], "must be computable for every row", 3),
-        (["--definition", good, "--store", str(tmp_path / "blocked")], "can be", 4),
+        (["--definition", good, "--store", str(tmp_path / "blocked")], "must be writable", 4),
         (["--definition", "no_such_module", "--store", str(tmp_path)], "there is no module 'no_such_module'", 2),
         (["--definition", good, "--store", str(tmp_path), "--strat", "2024-03-01"], "did you mean --start?", 2),
         (

@@ -102,7 +102,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_manifest_names_what_scoring_needs(tmp_path: Path) -> None:
     bundle = trained()
     manifest = {name: value for name, value in bundle.manifest.items() if name != "time"}
-    with pytest.raises(StoreError, match="no time"):
+    with pytest.raises(StoreError, match="it lacks time"):
         save_bundle(Bundle(bundle.booster, bundle.encoders, manifest), tmp_path)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from schemas import Source
@@ -138,6 +138,7 @@ def test_what_pythons_writer_writes_is_read_as_it_was(
     path.write_bytes(b"\xef\xbb\xbf" * bom + sink.getvalue().encode())
     reader = csv.reader(io.StringIO(sink.getvalue(), newline=""), delimiter=str(dialect["delimiter"]))
     expected = [row for row in list(reader)[1:] if row]
+    assume(expected == [[*row] for row in rows if [*row] != [""]])  # Python writes a carriage return without quotes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_files, "PIECE", size)
         assert texts(path) == [[value or None for value in row] for row in expected]

@@ -174,7 +174,7 @@ def test_newest_commits_that_are_missing_are_noticed_and_made_again(computed: Pa
     for command in ("inference", "training"):
         said = run(command, *flags, "--run_id", f"{command}-1", "--threads=1")
         assert said.code == 4, said.text
-        assert re.search(r"run f2 committed version 1; its newest in \S+ is version 0", said.err), said.text
+        assert re.search(r"run f2 committed version 1, but its newest in \S+ is version 0", said.err), said.text
     said = run("features", *flags, "--run_id", "f3")
     assert said.code == 0, said.text
     assert "has lost its newest commits: run f2 committed version 1" in said.err

@@ -159,7 +159,7 @@ def test_avro_containers_are_read() -> None:
         (b"Obj\x01nonsense", "Avro container"),
         (b"\xff\xff\xff\xff nonsense", ""),
         (to_arrow(frame({}).drop("sold")), "declared column 'sold'"),
-        (to_arrow(frame({}).with_columns(pl.col("price").cast(pl.String))), "'price' is Float64"),
+        (to_arrow(frame({}).with_columns(pl.col("price").cast(pl.String))), "'price' must be Float64"),
     ],
 )
 def test_a_malformed_message_becomes_a_dead_letter_and_spoils_no_other(value: bytes, reason: str) -> None:
